@@ -205,9 +205,9 @@ class And(_Pair):
         for part in (self.left, self.right):
             found = part.groups(n, m, query_offset, device)
             if found is not None:
-                return TokenGroups(
-                    found.query_index, found.key_index, found.shape, self.mask_fn(query_offset)
-                )
+                # A mask that distinguishes heads or batch rows needs groups that do.
+                index = found.query_index.expand(self.batch, self.heads, -1, -1)
+                return TokenGroups(index, found.key_index, found.shape, self.mask_fn(query_offset))
         return None
 
     def __str__(self) -> str:

@@ -1,0 +1,64 @@
+"""PyTorch's fused `scaled_dot_product_attention`, with its gaps covered."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from heedful.ops.call import Call
+from heedful.patterns.causal import Causal
+from heedful.selection import TokenGroups
+
+
+def unsupported(call: Call) -> str | None:
+    """Why this backend cannot serve the call, or None."""
+    if call.return_lse:
+        return "gives no log-sum-exp"
+    if call.sink_logits is not None:
+        return "knows no sink logits"
+    if isinstance(call.selection, TokenGroups) and (
+        call.selection.key_bias is not None or call.selection.query_weight is not None
+    ):
+        return "knows no groups with biases or weights"
+    return None
+
+
+def holds_scores(call: Call) -> bool:
+    """Whether the computation needs an n x m buffer (a mask or a bias)."""
+    plain = call.selection is None or _is_square_causal(call)
+    return not plain or call.bias is not None or (call.key_mask is not None and _is_square_causal(call))
+
+
+def run(call: Call) -> tuple[Tensor, None]:
+    call = call.widened()
+    query, key, value = call.query, call.key, call.value
+    dtype, width = query.dtype, value.shape[-1]
+    # The fused kernels want equal widths; zeros change neither logits nor outputs.
+    most = max(query.shape[-1], width)
+    query, key, value = (F.pad(x, (0, most - x.shape[-1])) for x in (query, key, value))
+    if call.repeats > 1:
+        key, value = (x.repeat_interleave(call.repeats, dim=1) for x in (key, value))
+    causal = _is_square_causal(call) and call.key_mask is None and call.bias is None
+    seen = None if causal else call.mask()
+    bias = call.bias
+    assert bias is None or isinstance(bias, Tensor)
+    mask: Tensor | None = seen
+    if bias is not None:
+        mask = bias.to(dtype)
+        if seen is not None:
+            mask = mask.masked_fill(~seen, -torch.inf)
+    if mask is not None:
+        mask = mask.expand(*torch.broadcast_shapes(mask.shape, (1, 1, call.n, call.m)))
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=call.dropout_p, is_causal=causal, scale=call.scale
+    )
+    out = out[..., :width]
+    if seen is not None:
+        # What the fused kernels give for a row that sees nothing is not defined.
+        out = out.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    return out, None
+
+
+def _is_square_causal(call: Call) -> bool:
+    return isinstance(call.selection, Causal) and call.n == call.m and call.query_offset == 0

@@ -1,0 +1,160 @@
+"""From a block table to the walk: for each query block, segments of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from heedful.patterns.pattern import Pattern
+from heedful.selection import FULL, BlockTable
+
+_TOGETHER = 2048  # keys up to which a row is one masked segment
+_MASK_BYTES = 64 << 20  # masks kept with a plan; beyond that they are made anew in each pass
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some keys of a query block: runs [start, stop) of columns.
+
+    masked: pairs may be hidden; clear: columns, counted inside the segment, where none is even so.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    masked: bool
+    clear: tuple[tuple[int, int], ...] = ()
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows of x (b, h, m, d) that belong to the segment; a view if they are one run."""
+        if len(self.runs) == 1:
+            start, stop = self.runs[0]
+            return x[:, :, start:stop]
+        return torch.cat([x[:, :, start:stop] for start, stop in self.runs], dim=2)
+
+    def add_to(self, total: Tensor, part: Tensor) -> None:
+        """total[segment] += part."""
+        at = 0
+        for start, stop in self.runs:
+            total[:, :, start:stop] += part[:, :, at : at + stop - start]
+            at += stop - start
+
+    def columns(self, device: torch.device) -> Tensor:
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.runs])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A query block [start, stop) and the segments of keys it sees."""
+
+    start: int
+    stop: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(eq=False)
+class Plan:
+    """The walk for one group of heads (None: all of them) and batch rows (None: all)."""
+
+    table: BlockTable
+    rows: tuple[Row, ...]
+    batch: tuple[int, ...] | None
+    heads: tuple[int, ...] | None
+    relative: bool
+    _masks: dict[tuple, Tensor] = field(default_factory=dict)
+    _bytes: int = 0
+
+    def hidden(self, row: Row, segment: Segment, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The additive mask of a tile, (1, 1, rows, columns): 0 where visible, -inf where hidden."""
+        if not segment.masked or self.table.mask_fn is None:
+            return None
+        shift = row.start if self.relative else 0
+        key = (
+            row.start - shift,
+            row.stop - shift,
+            tuple((a - shift, b - shift) for a, b in segment.runs),
+            dtype,
+            device,
+        )
+        mask = self._masks.get(key)
+        if mask is None:
+            r = torch.arange(row.start, row.stop, device=device)[:, None]
+            b, h = (torch.tensor(0 if x is None else x[0], device=device) for x in (self.batch, self.heads))
+            columns = segment.columns(device)[None]
+            seen = self.table.mask_fn(b, h, r, columns).expand(r.shape[0], columns.shape[1]).clone()
+            for a, z in segment.clear:
+                seen[:, a:z] = True
+            mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)[None, None]
+            size = mask.numel() * mask.element_size()
+            if self._bytes + size <= _MASK_BYTES:
+                self._masks[key] = mask
+                self._bytes += size
+        return mask
+
+
+def _rows(count: Tensor, index: Tensor, kind: Tensor, table: BlockTable) -> Iterator[Row]:
+    n, m = table.shape
+    bq, bk = table.block_size
+    for i, (many, blocks, kinds) in enumerate(zip(count.tolist(), index.tolist(), kind.tolist(), strict=True)):
+        blocks, kinds = blocks[:many], kinds[:many]
+        segments: tuple[Segment, ...]
+        if not blocks:
+            segments = ()
+        elif many * bk <= _TOGETHER:
+            at = [c for c, k in enumerate(kinds) if k == FULL]
+            segments = (Segment(_runs(blocks, bk, m), len(at) < many, _runs(at, bk, many * bk)),)
+        else:
+            full = [j for j, k in zip(blocks, kinds, strict=True) if k == FULL]
+            partial = [j for j, k in zip(blocks, kinds, strict=True) if k != FULL]
+            # A long run of full blocks is read in place; scattered ones are put together in pieces.
+            segments = tuple(Segment((run,), False) for run in _runs(full, bk, m)) if full else ()
+            if len(segments) > 4:
+                segments = tuple(_pieces(full, bk, m, False))
+            segments += tuple(_pieces(partial, bk, m, True))
+        yield Row(i * bq, min((i + 1) * bq, n), segments)
+
+
+def _pieces(blocks: list[int], bk: int, m: int, masked: bool) -> Iterator[Segment]:
+    step = max(1, _TOGETHER // bk)
+    for at in range(0, len(blocks), step):
+        yield Segment(_runs(blocks[at : at + step], bk, m), masked)
+
+
+def _runs(blocks: list[int], bk: int, m: int) -> tuple[tuple[int, int], ...]:
+    runs: list[list[int]] = []
+    for j in blocks:
+        if runs and runs[-1][1] == j * bk:
+            runs[-1][1] += bk
+        else:
+            runs.append([j * bk, (j + 1) * bk])
+    if runs:
+        runs[-1][1] = min(runs[-1][1], m)
+    return tuple((a, b) for a, b in runs)
+
+
+def make_plans(table: BlockTable, relative: bool = False) -> list[Plan]:
+    """One plan for each set of (batch row, head) pairs that share their part of the table."""
+    count, index, kind = (t.cpu() for t in (table.count, table.index, table.kind))
+    batch, heads = count.shape[:2]
+    plans = []
+    for b in range(batch):
+        for h in range(heads):
+            rows = tuple(_rows(count[b, h], index[b, h], kind[b, h], table))
+            plans.append(
+                Plan(table, rows, None if batch == 1 else (b,), None if heads == 1 else (h,), relative)
+            )
+    return plans
+
+
+def query_block(n: int, m: int) -> int:
+    """Rows of a query block: small blocks waste less at the edges of a pattern, large ones cost fewer calls."""
+    return 128 if n > 128 else max(16, n)
+
+
+@lru_cache(maxsize=64)
+def pattern_plans(pattern: Pattern, n: int, m: int, offset: int) -> list[Plan]:
+    """The plans of a pattern; kept, with their masks, because training repeats the same shapes."""
+    table = pattern.block_table(n, m, block_size=(query_block(n, m), 128), query_offset=offset)
+    return make_plans(table, pattern.relative)
