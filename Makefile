@@ -27,7 +27,7 @@ types: $(VENV)/.installed
 
 unit: $(VENV)/.installed
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
-	HEEDFUL_TYPECHECK=0 $(BIN)/pytest -m door
+	HEEDFUL_TYPECHECK=0 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "door or compiled"
 
 clean:
 	rm -rf $(VENV)

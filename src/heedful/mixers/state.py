@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,14 +18,12 @@ class State:
 
     def reorder(self, index: Int[Tensor, " b"]) -> Self:
         """The state whose batch row i is row `index[i]` of this one (beam search)."""
-        return replace(
-            self,
-            **{
-                f.name: value.index_select(0, index.to(value.device))
-                for f in fields(self)
-                if isinstance(value := getattr(self, f.name), Tensor)
-            },
-        )
+        chosen: dict[str, Any] = {
+            f.name: value.index_select(0, index.to(value.device))
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **chosen)
 
     def nbytes(self) -> int:
         """Bytes held by the tensors of the state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,7 +24,25 @@ _WARN, _REFUSE = 1 << 26, 1 << 30  # logits held by a dense computation
 _SMALL = 1 << 18  # n x m up to which a dense mask is cheaper than walking over blocks
 
 
+@overload
 def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = False, **options: Any
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def attention(  # type: ignore[misc]  # the overloads name only what changes the result's type
     query: Float[Tensor, "b hq n d"],
     key: Float[Tensor, "b hkv m d"],
     value: Float[Tensor, "b hkv m e"],
@@ -110,13 +129,17 @@ def _door(
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, must be (batch, heads, tokens, width)")
         if x.dtype != query.dtype or not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}, must be floating and the same as query's {query.dtype}")
+            raise ValueError(
+                f"{name} has dtype {x.dtype}, must be floating and the same as query's {query.dtype}"
+            )
     b, hq, n, d = query.shape
     hkv, m = key.shape[1:3]
     if key.shape[0] != b or key.shape[3] != d:
         raise ValueError(f"key has shape {tuple(key.shape)}, must be ({b}, heads, m, {d}) to fit query")
     if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value has shape {tuple(value.shape)}, must begin with {tuple(key.shape[:3])} as key")
+        raise ValueError(
+            f"value has shape {tuple(value.shape)}, must begin with {tuple(key.shape[:3])} as key"
+        )
     if hkv == 0 or hq % hkv:
         raise ValueError(f"key has {hkv} heads, must divide query's {hq}")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (b, m)):
@@ -125,14 +148,18 @@ def _door(
             f"must be bool of shape ({b}, {m}), True = may be seen"
         )
     if sink_logits is not None and sink_logits.shape != (hq,):
-        raise ValueError(f"sink_logits has shape {tuple(sink_logits.shape)}, must be ({hq},), one a query head")
+        raise ValueError(
+            f"sink_logits has shape {tuple(sink_logits.shape)}, must be ({hq},), one a query head"
+        )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, must lie in [0, 1)")
     offset = m - n if query_offset is None else query_offset
     if isinstance(bias, FactoredBias):
         got = (bias.query.shape[2], bias.key.shape[2])
         if got != (n, m):
-            raise ValueError(f"bias has factors for {got[0]} queries and {got[1]} keys, must be for {n} and {m}")
+            raise ValueError(
+                f"bias has factors for {got[0]} queries and {got[1]} keys, must be for {n} and {m}"
+            )
     elif bias is not None:
         try:
             fits = torch.broadcast_shapes(bias.shape, (b, hq, n, m)) == (b, hq, n, m)
@@ -151,10 +178,14 @@ def _door(
             raise ValueError(f"pattern is for {pattern.shape} queries and keys, must be for {(n, m)}")
         leading = pattern.count.shape if isinstance(pattern, BlockTable) else pattern.query_index.shape
         _check_leading("pattern", leading[0], leading[1], b, hq)
-        if isinstance(pattern, TokenGroups) and pattern.query_weight is not None and (
-            return_lse or sink_logits is not None
+        if (
+            isinstance(pattern, TokenGroups)
+            and pattern.query_weight is not None
+            and (return_lse or sink_logits is not None)
         ):
-            raise ValueError("pattern has query_weight: its several softmaxes have no common lse and no common sink")
+            raise ValueError(
+                "pattern has query_weight: its several softmaxes have no common lse and no common sink"
+            )
     scale = d**-0.5 if scale is None else float(scale)
     return Call(
         query, key, value, pattern, bias, scale, key_mask, sink_logits, offset, float(dropout_p), return_lse
@@ -163,16 +194,20 @@ def _door(
 
 def _check_leading(name: str, batch: int, heads: int, b: int, h: int) -> None:
     if batch not in (1, b) or heads not in (1, h):
-        raise ValueError(f"{name} is for {batch} batch rows and {heads} heads, must be for 1 or {b}, and 1 or {h}")
+        raise ValueError(
+            f"{name} is for {batch} batch rows and {heads} heads, must be for 1 or {b}, and 1 or {h}"
+        )
 
 
 def _choose(call: Call) -> str:
     """The fastest backend that serves this call."""
-    if call.n == 0 or call.m == 0:
-        return "reference"
     small = call.n * call.m <= _SMALL
+    if call.query.numel() == 0 or call.m == 0:
+        return "reference"
     pattern = call.selection
     if isinstance(pattern, BlockTable | TokenGroups):
+        if small and torch.compiler.is_compiling():
+            return "reference"  # one traceable graph
         return "flex" if call.query.is_cuda and flex.unsupported(call) is None else "tiled"
     dense = pattern is None or (isinstance(pattern, Causal) and call.n == call.m)
     if sdpa.unsupported(call) is None and (small or (dense and not sdpa.holds_scores(call))):

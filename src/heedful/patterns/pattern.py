@@ -80,7 +80,8 @@ class Pattern(ABC):
 
     def mask_mod(self, query_offset: int = 0) -> MaskFn:
         """A `mask_mod` for torch.nn.attention.flex_attention."""
-        return self.mask_fn(query_offset)
+        # A plain function: PyTorch counts the `self` of a bound method and takes it for a score_mod.
+        return lambda b, h, q, k: self.visible(b, h, q + query_offset, k)
 
     def mask(
         self,

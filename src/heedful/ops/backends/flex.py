@@ -26,7 +26,11 @@ def unsupported(call: Call) -> str | None:
     if call.dropout_p:
         return "has no dropout"
     tensors = [call.query, call.key, call.value, call.sink_logits]
-    if not call.query.is_cuda and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if (
+        not call.query.is_cuda
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+    ):
         return "cannot train on a CPU"
     if call.bias is not None:
         return "takes no additive bias tensors"

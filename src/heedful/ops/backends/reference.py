@@ -53,7 +53,9 @@ def _groups(call: Call, groups: TokenGroups, logits: Tensor, value: Tensor) -> t
     b, h, n, m = logits.shape
     pairs = groups.pair_mask().expand(b, h, -1, -1, -1)
     if call.key_mask is not None:
-        keys = call.key_mask[torch.arange(b, device=logits.device)[:, None, None, None], groups.key_index.clamp(min=0)]
+        keys = call.key_mask[
+            torch.arange(b, device=logits.device)[:, None, None, None], groups.key_index.clamp(min=0)
+        ]
         pairs = pairs & keys[:, :, :, None, :]
     count = pairs.shape[2]
     rows = groups.query_index.clamp(min=0).expand(b, h, -1, -1)

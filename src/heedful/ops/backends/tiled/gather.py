@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from heedful.ops.backends.tiled import tile
+from heedful.ops.once import differentiable_once
 
 _CELLS = 1 << 22  # gathered numbers and logits held at a time
 
@@ -48,7 +48,9 @@ class Gather(Function):
         g, lq = job.groups.query_index.shape
         planes = query.shape[0]
         out = query.new_zeros(planes, g, lq, value.shape[-1])
-        lse = query.new_full((planes, g, lq), -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+        lse = query.new_full(
+            (planes, g, lq), -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32)
+        )
         for chunk in _chunks(query, key, value, extra, job):
             part = slice(chunk.first, chunk.last)
             out[:, part], lse[:, part] = tile.forward(
@@ -60,7 +62,7 @@ class Gather(Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(tile.ONCE)
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, extra, out, lse = ctx.saved_tensors
         job: Job = ctx.job
@@ -162,4 +164,3 @@ def scatter(parts: Tensor, index: Tensor, n: int) -> Tensor:
         chosen = live.flatten().nonzero()[:, 0]
         flat, where = flat.index_select(1, chosen), where[chosen]
     return target.index_copy(1, where, flat)
-

@@ -86,7 +86,9 @@ class Plan:
             seen = self.table.mask_fn(b, h, r, columns).expand(r.shape[0], columns.shape[1]).clone()
             for a, z in segment.clear:
                 seen[:, a:z] = True
-            mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)[None, None]
+            mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)[
+                None, None
+            ]
             size = mask.numel() * mask.element_size()
             if self._bytes + size <= _MASK_BYTES:
                 self._masks[key] = mask
@@ -97,7 +99,9 @@ class Plan:
 def _rows(count: Tensor, index: Tensor, kind: Tensor, table: BlockTable) -> Iterator[Row]:
     n, m = table.shape
     bq, bk = table.block_size
-    for i, (many, blocks, kinds) in enumerate(zip(count.tolist(), index.tolist(), kind.tolist(), strict=True)):
+    for i, (many, blocks, kinds) in enumerate(
+        zip(count.tolist(), index.tolist(), kind.tolist(), strict=True)
+    ):
         blocks, kinds = blocks[:many], kinds[:many]
         segments: tuple[Segment, ...]
         if not blocks:

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from heedful.ops.backends import reference
 from heedful.ops.backends.tiled import gather, walk
 from heedful.ops.backends.tiled.plan import Plan, Row, Segment, make_plans, pattern_plans
 from heedful.ops.call import Call
@@ -26,6 +27,8 @@ def unsupported(call: Call) -> str | None:
 @torch.compiler.disable
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of the call. Differentiable once: a second backward raises an error that says so."""
+    if call.query.numel() == 0 or call.m == 0:
+        return reference.run(call)  # nothing to walk over
     dtype = call.query.dtype
     call = call.widened()
     selection = call.selection
@@ -105,7 +108,11 @@ def _shared_groups(call: Call, groups: TokenGroups) -> tuple[Tensor, Tensor]:
     job = gather.Job(gather.Groups(tokens, columns, visible), call.scale, call.dropout_p, _seed(call))
     extra = None if groups.key_bias is None else groups.key_bias[0, :, :, None, :]
     out, lse = gather.Gather.apply(
-        call.query.reshape(b * (h // r), r * n, -1), call.key.flatten(0, 1), call.value.flatten(0, 1), extra, job
+        call.query.reshape(b * (h // r), r * n, -1),
+        call.key.flatten(0, 1),
+        call.value.flatten(0, 1),
+        extra,
+        job,
     )
     weight = groups.query_weight
     if weight is not None:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ONCE = (
+    "backend 'tiled' of heedful.attention is differentiable once; backend='reference' is, any number of times"
+)
 _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -23,7 +26,13 @@ def can_fuse(query: Tensor, value: Tensor) -> bool:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, additive: Tensor | None, scale: float, keep: Tensor | None, fused: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additive: Tensor | None,
+    scale: float,
+    keep: Tensor | None,
+    fused: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the tile; a row that sees nothing gives zeros and -inf. keep: dropout factors."""
     if not fused or keep is not None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from heedful.ops.backends.tiled import tile
 from heedful.ops.backends.tiled.plan import Plan, Row, Segment
+from heedful.ops.once import differentiable_once
 
 _PLAIN_COLUMNS = 4096  # columns of a tile whose scores are held, where no fused kernel serves
 
@@ -37,7 +38,13 @@ class Walk(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sink: Tensor | None, job: Job
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        sink: Tensor | None,
+        job: Job,
     ) -> tuple[Tensor, Tensor]:
         b, h, n, _ = query.shape
         out = query.new_zeros(b, h, n, value.shape[-1])
@@ -63,7 +70,7 @@ class Walk(Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(tile.ONCE)
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, bias, sink, out, lse = ctx.saved_tensors
         job: Job = ctx.job
@@ -117,7 +124,15 @@ class _Visit:
     """One query block of one plan. Query heads that share a KV head are folded into the rows of the tile."""
 
     def __init__(
-        self, plan: Plan, row: Row, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, job: Job, number: int
+        self,
+        plan: Plan,
+        row: Row,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        job: Job,
+        number: int,
     ) -> None:
         self.plan, self.row, self.job, self.number = plan, row, job, number
         self.key, self.value, self.bias = self.view_kv(key), self.view_kv(value), bias
@@ -153,19 +168,20 @@ class _Visit:
             return x
         return x.reshape(x.shape[0], x.shape[1] * r, x.shape[2] // r, *x.shape[3:])
 
-    def tiles(self) -> Any:
+    def tiles(self) -> Iterator[tuple[Segment, Tensor, Tensor, Tensor | None]]:
         """(segment, key, value, additive) of each tile; long unmasked runs are cut where scores are held."""
         for segment in self._cut():
             yield segment, segment.take(self.key), segment.take(self.value), self._additive(segment)
 
-    def _cut(self) -> Any:
+    def _cut(self) -> Iterator[Segment]:
+        whole = self.fused and self.bias is None and self.job.key_mask is None
         for segment in self.row.segments:
-            (start, stop) = segment.runs[0]
-            if self.fused and self.bias is None and self.job.key_mask is None or len(segment.runs) > 1:
+            if whole or segment.masked or len(segment.runs) > 1:
                 yield segment
                 continue
+            (start, stop) = segment.runs[0]
             for at in range(start, stop, _PLAIN_COLUMNS):
-                yield Segment(((at, min(at + _PLAIN_COLUMNS, stop)),), segment.masked)
+                yield Segment(((at, min(at + _PLAIN_COLUMNS, stop)),), False)
 
     def _additive(self, segment: Segment) -> Tensor | None:
         # The fused kernel wants the mask in its own dtype; plain tiles compute in float32 at least.
@@ -232,7 +248,7 @@ class _Visit:
         return (draw >= self.job.dropout_p).to(draw.dtype) / (1.0 - self.job.dropout_p)
 
 
-def _visits(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, job: Job) -> Any:
+def _visits(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, job: Job) -> Iterator[_Visit]:
     number = 0
     for plan in job.plans:
         for row in plan.rows:

@@ -1,0 +1,84 @@
+"""`heedful bench`: what things cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from heedful.cli import fail
+
+
+def register(app: typer.Typer) -> None:
+    bench = typer.Typer(help="Measure what things cost on this machine.", no_args_is_help=True)
+    bench.command("ops", help="Time, memory and share of the ideal of each pattern, beside dense attention.")(
+        _ops
+    )
+    app.add_typer(bench, name="bench")
+
+
+def _ops(
+    patterns: Annotated[str | None, typer.Option(help="Comma-separated names; default: all.")] = None,
+    lengths: Annotated[str, typer.Option(help="Comma-separated numbers of tokens.")] = "4096,16384",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    flex: Annotated[
+        bool, typer.Option(help="Also compiled FlexAttention's forward (needs a C++ compiler).")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the points here.")] = None,
+) -> None:
+    from heedful.bench import ops
+
+    names = patterns.split(",") if patterns else [*ops.PATTERNS]
+    try:
+        sizes = [int(x) for x in lengths.split(",")]
+    except ValueError:
+        fail(f"lengths is {lengths!r}, must be whole numbers with commas between, e.g. 4096,16384")
+    console = Console()
+    found = []
+    try:
+        with console.status("measuring") as status:
+            for point in ops.points(names, sizes, device, flex=flex):
+                found.append(point)
+                status.update(f"measured {point.pattern} at {point.length} tokens")
+    except ValueError as wrong:
+        fail(wrong)
+    except KeyboardInterrupt:
+        console.print("stopped; what is finished follows")
+    table = Table(
+        title=f"B {ops.BATCH}, H {ops.HEADS}, D {ops.WIDTH}, float32, {device}; x = times faster than dense",
+        box=None,
+        header_style="bold",
+    )
+    for column in ("pattern", "tokens", "fwd ms", "fwd x", "fwd+bwd ms", "fwd+bwd x", "visible %", "ideal x"):
+        table.add_column(column, justify="left" if column == "pattern" else "right")
+    for column in ("of ideal %, fwd", "fwd+bwd", "MiB", *(["flex fwd ms"] if flex else [])):
+        table.add_column(column, justify="right")
+    for point in found:
+        cells = [
+            point.pattern,
+            str(point.length),
+            _number(point.forward, 1e3),
+            _number(point.forward_ratio),
+            _number(point.both, 1e3),
+            _number(point.both_ratio),
+            _number(point.visited, 100),
+            _number(1 / point.ideal),
+            _number(point.reached, 100, 0),
+            _number(point.reached_both, 100, 0),
+            _number(point.memory, 1, 0),
+        ]
+        table.add_row(*cells, *([_number(point.flex_forward, 1e3)] if flex else []))
+    console.print(table)
+    if json_file is not None:
+        json_file.write_text(
+            json.dumps([point.as_dict() for point in found], indent=1, allow_nan=False, default=str)
+        )
+
+
+def _number(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value * scale:.{digits}f}"
