@@ -35,7 +35,8 @@ class BlockTable:
 
     def __post_init__(self) -> None:
         blocks = [-(-s // z) for s, z in zip(self.shape, self.block_size, strict=True)]
-        if self.count.shape != self.index.shape[:3] or self.index.shape != self.kind.shape:
+        fits = self.index.ndim == 4 and self.count.shape == self.index.shape[:3]
+        if not fits or self.index.shape != self.kind.shape:
             raise ValueError(
                 f"count {tuple(self.count.shape)}, index {tuple(self.index.shape)} and kind "
                 f"{tuple(self.kind.shape)} do not fit: index and kind must be count's shape with one more axis"
