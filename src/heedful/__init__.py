@@ -47,7 +47,7 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # so that editors and type checkers know the lazy names
     from heedful.mixers.mixer import Mixer
     from heedful.ops.attention import attention, merge_partials
     from heedful.ops.bias import FactoredBias

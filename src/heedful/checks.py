@@ -55,3 +55,11 @@ def check_mask(name: str, mask: Tensor | None, batch: int, length: int) -> None:
             f"{name} has shape {tuple(mask.shape)} and dtype {mask.dtype}, "
             f"must be a bool tensor of shape ({batch}, {length}), True = may be seen"
         )
+
+
+def check_positions(name: str, positions: Tensor | None, batch: int, length: int) -> None:
+    """Positions of the tokens, (length) or (batch, length); None passes."""
+    if positions is not None and positions.shape not in ((length,), (batch, length)):
+        raise ValueError(
+            f"{name} has shape {tuple(positions.shape)}, must be ({length},) or ({batch}, {length})"
+        )

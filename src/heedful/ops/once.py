@@ -25,7 +25,7 @@ class _Refuse(Function):
 
 
 def differentiable_once(message: str) -> Callable[[Callable[..., Grads]], Callable[..., Grads]]:
-    """Decorate `Function.backward`: gradients are right, and differentiating them raises RuntimeError(message).
+    """Decorate `Function.backward`: right gradients whose own gradients raise RuntimeError(message).
 
     torch's own `once_differentiable` is silent where the incoming gradient is a constant, as in a
     gradient penalty; the second derivative would then be zero without a word.

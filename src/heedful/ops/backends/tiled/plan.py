@@ -153,7 +153,7 @@ def make_plans(table: BlockTable, relative: bool = False) -> list[Plan]:
 
 
 def query_block(n: int, m: int) -> int:
-    """Rows of a query block: small blocks waste less at the edges of a pattern, large ones cost fewer calls."""
+    """Rows of a query block: small blocks waste less at the edges of a pattern, large ones are fewer."""
     return 128 if n > 128 else max(16, n)
 
 

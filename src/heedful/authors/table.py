@@ -1,0 +1,42 @@
+"""How the authors' names and layouts become heedful's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Table:
+    """A recipe from the authors' state dictionary to heedful's.
+
+    drop     regular expressions of names that hold nothing learned (matched whole)
+    rename   (regular expression, replacement) pairs; the first that matches a name whole replaces it
+    relayout a function on the renamed dictionary, for what is laid out or split differently
+    """
+
+    rename: tuple[tuple[str, str], ...] = ()
+    drop: tuple[str, ...] = ()
+    relayout: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+
+    def apply(self, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The dictionary with heedful's names; a ValueError if two names become one."""
+        ours: dict[str, Tensor] = {}
+        for name, value in theirs.items():
+            if any(re.fullmatch(pattern, name) for pattern in self.drop):
+                continue
+            new = self.name(name)
+            if new in ours:
+                raise ValueError(f"state_dict has two entries for {new!r}, one of them {name!r}")
+            ours[new] = value
+        return ours if self.relayout is None else self.relayout(ours)
+
+    def name(self, theirs: str) -> str:
+        """heedful's name of an authors' name."""
+        for pattern, replacement in self.rename:
+            if found := re.fullmatch(pattern, theirs):
+                return found.expand(replacement)
+        return theirs

@@ -1,0 +1,1 @@
+"""Parity with the authors' code; `python -m tests.parity --golden DIR` runs it."""
