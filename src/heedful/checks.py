@@ -34,7 +34,7 @@ def check_tokens(name: str, x: Tensor, dim: int) -> None:
 
 
 def check_map(name: str, x: Tensor, dim: int | None, spatial: tuple[int, ...]) -> None:
-    """A map of shape (batch, dim, *space) with one of the given numbers of spatial axes, none of them empty."""
+    """A map (batch, dim, *space) with one of the given numbers of spatial axes, none of them empty."""
     axes = {1: "length", 2: "height, width", 3: "time, height, width"}
     if x.ndim - 2 not in spatial or (dim is not None and x.shape[1] != dim):
         channels = "channels" if dim is None else str(dim)

@@ -34,6 +34,9 @@ class Mixer(nn.Module):
         self.causal = self.entry.causal == "always"
         self.aux_losses: dict[str, Tensor] = {}  # filled by forward where the paper has them
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "aux_losses": {}}  # losses hang on a graph, which cannot be copied
+
     def init_state(self, batch: int) -> State:
         """The state before the first token of `batch` sequences."""
         raise ValueError(f"{type(self).__name__} does not decode step by step")

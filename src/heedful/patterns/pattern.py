@@ -57,7 +57,7 @@ class Pattern(ABC):
         """The same pattern as groups of queries with common keys, where that is cheaper; else None."""
         return None
 
-    def check(self, n: int, m: int, query_offset: int) -> None:
+    def check(self, n: int, m: int, query_offset: int) -> None:  # noqa: B027  most patterns fit anything
         """Raise a ValueError if the pattern does not fit n queries and m keys."""
 
     @property

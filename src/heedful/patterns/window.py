@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from heedful.checks import check_positive
 from heedful.patterns.pattern import Pattern
+from heedful.patterns.separable import residue_tiles, runs
+from heedful.selection import TokenGroups
+
+_TILE = 128  # queries of a group
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Window(Pattern):
     after: int | None = None
     dilation: int = 1
     relative = True
+    exact_tiles = True
 
     def __post_init__(self) -> None:
         if self.after is None:
@@ -31,22 +37,38 @@ class Window(Pattern):
                 raise ValueError(f"{name} is {value!r}, must be a whole number of at least 0")
         check_positive("dilation", self.dilation)
 
-    @property
-    def exact_tiles(self) -> bool:  # type: ignore[override]
-        return self.dilation == 1
-
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        assert self.after is not None
+        before, after = self._reach()
         step = k - q
-        seen = (step >= -self.before * self.dilation) & (step <= self.after * self.dilation)
+        seen = (step >= -before) & (step <= after)
         return seen if self.dilation == 1 else seen & (step % self.dilation == 0)
 
     def tiles(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> tuple[Tensor, Tensor]:
+        before, after = self._reach()
+        least, most = k_lo - q_hi, k_hi - q_lo
+        some = most.clamp(max=after) // self.dilation * self.dilation >= least.clamp(min=-before)
+        every = (least >= -before) & (most <= after)
+        # With a dilation there are gaps: only a tile of one pair can be full.
+        return some, every if self.dilation == 1 else every & some & (least == most)
+
+    def groups(self, n: int, m: int, query_offset: int, device: torch.device) -> TokenGroups | None:
+        if self.dilation == 1 or n == 0 or m == 0:
+            return None
+        before, after = self._reach()
+        first, last = residue_tiles(n, self.dilation, _TILE)
+        position, end = first + query_offset, last + query_offset
+        key_first = (position - before).maximum(position % self.dilation)
+        key_last = (end + after).clamp(max=m - 1)
+        seen = key_first <= key_last
+        queries = runs(first[seen], last[seen], self.dilation)
+        keys = runs(key_first[seen], key_last[seen], self.dilation)
+        return TokenGroups(
+            queries[None, None].to(device), keys[None, None].to(device), (n, m), self.mask_fn(query_offset)
+        )
+
+    def _reach(self) -> tuple[int, int]:
         assert self.after is not None
-        before, after = self.before * self.dilation, self.after * self.dilation
-        some = (k_hi - q_lo >= -before) & (k_lo - q_hi <= after)
-        every = (k_lo - q_hi >= -before) & (k_hi - q_lo <= after)
-        return some, every if self.dilation == 1 else every & ~every  # never full: gaps between the keys seen
+        return self.before * self.dilation, self.after * self.dilation
 
     def __str__(self) -> str:
         parts = [str(self.before)]

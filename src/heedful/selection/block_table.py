@@ -39,7 +39,7 @@ class BlockTable:
         if not fits or self.index.shape != self.kind.shape:
             raise ValueError(
                 f"count {tuple(self.count.shape)}, index {tuple(self.index.shape)} and kind "
-                f"{tuple(self.kind.shape)} do not fit: index and kind must be count's shape with one more axis"
+                f"{tuple(self.kind.shape)} do not fit: index and kind must be count's shape and one axis more"
             )
         if self.count.shape[2] != blocks[0]:
             raise ValueError(f"count has {self.count.shape[2]} query blocks, must have {blocks[0]}")
@@ -78,7 +78,7 @@ class BlockTable:
         n, m = self.shape
         bq, bk = self.block_size
         device = self.index.device
-        b, h = (max(a, s) for a, s in zip((batch, heads), self.count.shape[:2], strict=True))
+        b, h = torch.broadcast_shapes((batch, heads), self.count.shape[:2])
         shape = (b, h, *self.index.shape[2:])
         index, kind = self.index.expand(shape), self.kind.expand(shape)
         live = (torch.arange(shape[-1], device=device) < self.count[..., None]).expand(shape)

@@ -71,7 +71,7 @@ class TokenGroups:
         """The pairs that lie in any group (for tests and pictures)."""
         n, m = self.shape
         pairs = self.pair_mask()
-        b, h = (max(a, s) for a, s in zip((batch, heads), pairs.shape[:2], strict=True))
+        b, h = torch.broadcast_shapes((batch, heads), pairs.shape[:2])
         row = self.query_index[..., :, None].clamp(min=0)
         col = self.key_index[..., None, :].clamp(min=0)
         cell = (row * m + col).expand(pairs.shape).expand(b, h, *pairs.shape[2:]).flatten(2)

@@ -36,11 +36,21 @@ def unsupported(call: Call) -> str | None:
         return "takes no additive bias tensors"
     if call.query.dtype == torch.float64:
         return "has no float64"
+    if not call.query.is_cuda and _needs_lse(call):
+        return "gives no log-sum-exp (and so no sink) on a CPU"
     return None
 
 
-def run(call: Call) -> tuple[Tensor, Tensor]:
+def _needs_lse(call: Call) -> bool:
+    return call.return_lse or call.sink_logits is not None
+
+
+def run(call: Call) -> tuple[Tensor, Tensor | None]:
     table, mask_mod = _table(call)
+    if call.query.is_cuda:
+        # A first look moves the tables of a pattern to the GPU, outside the compiled graph.
+        zero = torch.zeros((), dtype=torch.int64, device=call.query.device)
+        mask_mod(zero, zero, zero, zero)
     block_mask = None
     if table is not None:
         key_mask = call.key_mask
@@ -51,15 +61,10 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
                 return inner(b, h, q, k) & key_mask[b, k]
 
         block_mask = _block_mask(table, mask_mod, call.key_mask is not None)
-    out, lse = _compiled()(
-        call.query,
-        call.key,
-        call.value,
-        block_mask=block_mask,
-        scale=call.scale,
-        enable_gqa=call.repeats > 1,
-        return_lse=True,
-    )
+    options = {"block_mask": block_mask, "scale": call.scale, "enable_gqa": call.repeats > 1}
+    if not _needs_lse(call):
+        return _compiled()(call.query, call.key, call.value, **options), None
+    out, lse = _compiled()(call.query, call.key, call.value, **options, return_lse=True)
     if call.sink_logits is not None:
         total = torch.logaddexp(lse, call.sink_logits.to(lse.dtype)[:, None])
         out, lse = out * (lse - total).exp()[..., None].to(out.dtype), total
