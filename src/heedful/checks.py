@@ -63,3 +63,10 @@ def check_positions(name: str, positions: Tensor | None, batch: int, length: int
         raise ValueError(
             f"{name} has shape {tuple(positions.shape)}, must be ({length},) or ({batch}, {length})"
         )
+
+
+def check_no_context(context: Tensor | None, context_mask: Tensor | None) -> None:
+    """Neither is given: for mixers of one sequence."""
+    for name, given in (("context", context), ("context_mask", context_mask)):
+        if given is not None:
+            raise ValueError(f"{name} is given, must be None: this mixer has no cross attention")

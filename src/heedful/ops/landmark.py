@@ -78,7 +78,7 @@ def landmark_attention(
         out = attention over the own block  joined by log-sum-exp with
               sum_b softmax_b(q . landmark_b) * sum_j softmax_j in b(q . k_j) v_j
 
-    block_size    tokens of a block; its landmark is one more, at the end: keys block_size, 2 block_size + 1 ...
+    block_size    tokens of a block; its landmark comes behind them: keys block_size, 2 block_size + 1 ...
     key_mask      True = may be seen; a block none of whose tokens may be seen hides its landmark
     query_offset  key position of query 0; defaults to m - n
     return_lse    also the log-sum-exp over the own block and the landmarks
