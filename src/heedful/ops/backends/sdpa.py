@@ -61,4 +61,4 @@ def run(call: Call) -> tuple[Tensor, None]:
 
 
 def _is_square_causal(call: Call) -> bool:
-    return isinstance(call.selection, Causal) and call.n == call.m and call.query_offset == 0
+    return isinstance(call.selection, Causal) and bool(call.n == call.m) and bool(call.query_offset == 0)
