@@ -1,0 +1,89 @@
+"""`heedful compare`: which mixer to take, by evidence."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("compare")(compare)
+
+
+def compare(
+    task: Annotated[str, typer.Option(help="recall, text, images, or all.")] = "all",
+    mixers: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, with arguments where wanted: dense,faster-neighborhood-attention:window=7,eca"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A text file (text), or a folder with one folder of images a class (images)."),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="quick (under 5 minutes on two cores) or full.")] = "quick",
+    seeds: Annotated[
+        int | None, typer.Option(help="Trainings of each mixer; the preset's number if not given.")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            help="Scales the training steps to this time; what has not begun by then is not run.",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a self-contained HTML report to this file.")
+    ] = None,
+) -> None:
+    """Train the same small network with each mixer on your task and machine; say which to take."""
+    from heedful.bench import compare as bench
+    from heedful.bench.progress import Live
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        for file in (json, report):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise ValueError(
+                    f"{file.absolute().parent} is not a folder; {file.name} cannot be written there"
+                )
+        plan = bench.plan(
+            task=task, mixers=mixers, data=data, preset=preset, seeds=seeds, budget=budget, device=device
+        )
+    except ValueError as error:
+        typer.echo(f"heedful compare: {error}", err=True)
+        raise typer.Exit(2) from None
+    found = bench.compare(plan, Live(console))
+    _show(console, found)
+    if json is not None:
+        found.write_json(json)
+        console.print(f"figures: {json}", markup=False, highlight=False)
+    if report is not None:
+        from heedful.bench.report import write_html
+
+        write_html(found, report)
+        console.print(f"report: {report}", markup=False, highlight=False)
+    if found.interrupted:
+        raise typer.Exit(130)
+
+
+def _show(console: Console, found) -> None:  # type: ignore[no-untyped-def]
+    from heedful.bench.report import code, missing, table
+
+    for task in found.tasks:
+        console.print()
+        if found.of(task):
+            console.print(table(found, task))
+        for line in missing(found, task):
+            console.print(line, style="dim", markup=False, highlight=False)
+        console.print(found.advice[task.name], style="bold", markup=False, highlight=False)
+        if line := code(found, task):
+            console.print(f"    {line}", markup=False, highlight=False)
