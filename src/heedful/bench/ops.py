@@ -122,7 +122,7 @@ def _measure(name: str, length: int, device: str, flex: bool) -> Point:
         return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), grad)
 
     memory = peak_memory(both, device)
-    repeats = 5 if length <= 16384 else 2
+    repeats = 10 if length <= 16384 else 2
     times = _times([forward, both], repeats, device)
     dense_forward: float | None = None
     dense_both_time: float | None = None

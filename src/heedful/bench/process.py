@@ -44,7 +44,8 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([__name__])  # importing torch once is enough
+        # Imported once; torch loads the second on first use of checkpointing, which is no cost of a mixer.
+        context.set_forkserver_preload([__name__, "torch._dynamo"])
     here, there = context.Pipe(duplex=False)
     job = (there, torch.get_num_threads(), function, arguments)
     process = context.Process(target=_serve, args=job, daemon=True)  # type: ignore[attr-defined]

@@ -45,7 +45,7 @@ def _ops(
             for point in ops.points(names, sizes, device, flex=flex):
                 found.append(point)
                 status.update(f"measured {point.pattern} at {point.length} tokens")
-    except ValueError as wrong:
+    except (ValueError, RuntimeError) as wrong:
         fail(wrong)
     except KeyboardInterrupt:
         console.print("stopped; what is finished follows")

@@ -61,10 +61,13 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
                 return inner(b, h, q, k) & key_mask[b, k]
 
         block_mask = _block_mask(table, mask_mod, call.key_mask is not None)
+    query, key, value = call.query, call.key, call.value
+    if not query.is_cuda:  # there is no gradient here, and FlexAttention refuses leaves that ask for one
+        query, key, value = query.detach(), key.detach(), value.detach()
     options = {"block_mask": block_mask, "scale": call.scale, "enable_gqa": call.repeats > 1}
     if not _needs_lse(call):
-        return _compiled()(call.query, call.key, call.value, **options), None
-    out, lse = _compiled()(call.query, call.key, call.value, **options, return_lse=True)
+        return _compiled()(query, key, value, **options), None
+    out, lse = _compiled()(query, key, value, **options, return_lse=True)
     if call.sink_logits is not None:
         total = torch.logaddexp(lse, call.sink_logits.to(lse.dtype)[:, None])
         out, lse = out * (lse - total).exp()[..., None].to(out.dtype), total
