@@ -26,6 +26,10 @@ UNCHECKED = ("door", "compiled")
 if SHAPES_CHECKED:
     jaxtyping.install_import_hook("heedful", "tests.typecheck.check")
 
+if not torch.cuda.is_available():
+    # Triton decides when it is first imported whether its kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)  # tests are small, and pytest-xdist has one worker a core
 
 hypothesis.settings.register_profile("heedful", deadline=None, derandomize=True, max_examples=50)

@@ -23,6 +23,7 @@ _ROOMS = (
     "bench",
     "catalogue",
     "hf",
+    "inspect",
     "mixers",
     "nn",
     "ops",

@@ -123,12 +123,12 @@ def _measure(name: str, length: int, device: str, flex: bool) -> Point:
 
     memory = peak_memory(both, device)
     repeats = 10 if length <= 16384 else 2
-    times = _times([forward, both], repeats, device)
+    times = best_times([forward, both], repeats, device)
     dense_forward: float | None = None
     dense_both_time: float | None = None
     if length <= DENSE_UP_TO:
         # Dense passes run between further passes of the pattern, so that both see the same machine.
-        paired = _times([forward, both, dense, dense_both], 2 if length > 4096 else 5, device)
+        paired = best_times([forward, both, dense, dense_both], 2 if length > 4096 else 5, device)
         times = [min(a, b) for a, b in zip(times, paired, strict=False)]
         dense_forward, dense_both_time = paired[2:]
     flex_time = _flex(q, k, v, pattern, device) if flex else None
@@ -159,10 +159,10 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: p.Pattern, device: str) -> f
         return attention(q, k, v, pattern=pattern, backend="flex")
 
     run()  # compiles
-    return _times([run], 5, device)[0]
+    return best_times([run], 5, device)[0]
 
 
-def _times(steps: list[Callable[[], object]], repeats: int, device: str) -> list[float]:
+def best_times(steps: list[Callable[[], object]], repeats: int, device: str) -> list[float]:
     """Shortest time of each step; the steps take turns."""
     best = [math.inf] * len(steps)
     for _ in range(repeats + 1):  # the first round warms up, but may also be the best

@@ -24,7 +24,18 @@ def register(app: typer.Typer) -> None:
 
 def _ops(
     patterns: Annotated[str | None, typer.Option(help="Comma-separated names; default: all.")] = None,
-    lengths: Annotated[str, typer.Option(help="Comma-separated numbers of tokens.")] = "4096,16384",
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated numbers of tokens; default 4096,16384, for mixers 2048,8192,32768."
+        ),
+    ] = None,
+    mechanisms: Annotated[
+        bool, typer.Option("--mechanisms", help="Measure whole mixers instead of patterns.")
+    ] = False,
+    mixers: Annotated[
+        str | None, typer.Option(help="With --mechanisms: comma-separated names; default: sparse and linear.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     flex: Annotated[
         bool, typer.Option(help="Also compiled FlexAttention's forward (needs a C++ compiler).")
@@ -33,11 +44,15 @@ def _ops(
 ) -> None:
     from heedful.bench import ops
 
-    names = patterns.split(",") if patterns else [*ops.PATTERNS]
+    lengths = lengths or ("2048,8192,32768" if mechanisms else "4096,16384")
     try:
         sizes = [int(x) for x in lengths.split(",")]
     except ValueError:
         fail(f"lengths is {lengths!r}, must be whole numbers with commas between, e.g. 4096,16384")
+    if mechanisms:
+        _mechanisms(mixers.split(",") if mixers else None, sizes, device, json_file)
+        return
+    names = patterns.split(",") if patterns else [*ops.PATTERNS]
     console = Console()
     found = []
     try:
@@ -78,6 +93,44 @@ def _ops(
         json_file.write_text(
             json.dumps([point.as_dict() for point in found], indent=1, allow_nan=False, default=str)
         )
+
+
+def _mechanisms(names: list[str] | None, sizes: list[int], device: str, json_file: Path | None) -> None:
+    from heedful.bench import mechanisms as bench
+
+    names = bench.sparse_mixers() if names is None else names
+    console = Console()
+    found = []
+    try:
+        with console.status("measuring") as status:
+            for cost in bench.costs(names, sizes, device):
+                found.append(cost)
+                status.update(f"measured {cost.mixer} at {cost.length} tokens")
+    except (ValueError, RuntimeError) as wrong:
+        fail(wrong)
+    except KeyboardInterrupt:
+        console.print("stopped; what is finished follows")
+    table = Table(
+        title=f"batch 1, dim {bench.DIM}, heads {bench.HEADS}, {device}; x = times faster than dense",
+        box=None,
+        header_style="bold",
+    )
+    for column in ("mixer", "tokens", "fwd ms", "fwd x", "fwd+bwd ms", "fwd+bwd x", "ideal x", "MiB"):
+        table.add_column(column, justify="left" if column == "mixer" else "right")
+    for cost in found:
+        table.add_row(
+            cost.mixer,
+            str(cost.length),
+            _number(cost.forward, 1e3),
+            _number(cost.forward_ratio),
+            _number(cost.both, 1e3),
+            _number(cost.both_ratio),
+            "-" if not cost.visited else _number(1 / cost.visited),
+            _number(cost.memory, 1, 0),
+        )
+    console.print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps([cost.as_dict() for cost in found], indent=1))
 
 
 def _number(value: float | None, scale: float = 1.0, digits: int = 1) -> str:

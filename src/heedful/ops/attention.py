@@ -11,15 +11,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from heedful.checks import check_choice
-from heedful.ops.backends import flex, reference, sdpa, tiled
+from heedful.ops.backends import flex, reference, sdpa, tiled, triton
 from heedful.ops.bias import FactoredBias
 from heedful.ops.call import Call, Selection
+from heedful.ops.observe import note
 from heedful.patterns.causal import Causal
 from heedful.patterns.full import Full
 from heedful.patterns.pattern import Pattern
 from heedful.selection import BlockTable, TokenGroups
 
-BACKENDS = {"reference": reference, "sdpa": sdpa, "tiled": tiled, "flex": flex}
+BACKENDS = {"reference": reference, "sdpa": sdpa, "tiled": tiled, "flex": flex, "triton": triton}
 _WARN, _REFUSE = 1 << 26, 1 << 30  # logits held by a dense computation
 _SMALL = 1 << 18  # n x m up to which a dense mask is cheaper than walking over blocks
 
@@ -67,7 +68,8 @@ def attention(  # type: ignore[misc]  # the overloads name only what changes the
     sink_logits: one extra logit a head that takes weight and gives nothing.
     query_offset: the key position of query 0; defaults to m - n, so that decoding needs nothing special.
     return_lse: also the natural log-sum-exp of the logits, (b, hq, n), differentiable.
-    backend: how, never what: "reference", "sdpa", "tiled", "flex", or "auto", the fastest that serves.
+    backend: how, never what: "reference", "sdpa", "tiled", "flex", "triton", or "auto", the fastest that
+    serves ("triton" only by name until its figures on a GPU are in).
     A row that sees nothing gives zeros and lse -inf. Raises ValueError on shapes that do not fit, and
     where a dense computation would hold more than 2^30 logits (above 2^26 it warns).
     """
@@ -75,6 +77,7 @@ def attention(  # type: ignore[misc]  # the overloads name only what changes the
     call = _door(
         query, key, value, pattern, bias, scale, key_mask, sink_logits, query_offset, dropout_p, return_lse
     )
+    note(call)
     name = _choose(call) if backend == "auto" else backend
     chosen = BACKENDS[name]
     reason = chosen.unsupported(call)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from heedful.checks import check_choice, check_positive
+from heedful.ops.segments import in_segments, segment_sizes
 from heedful.registry import register
 
 CHUNK = 64  # tokens whose scores are computed as a square
@@ -134,7 +134,7 @@ def _check(
 # -- token by token -------------------------------------------------------------------------------
 
 
-def _recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def _recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[Tensor, ...]:
     """The definition. State and result have the dtype of S."""
     n = q.shape[2]
     decay = g.to(S.dtype).exp()[..., None]
@@ -153,25 +153,19 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[T
 # -- chunk by chunk -------------------------------------------------------------------------------
 
 
-def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[Tensor, ...]:
     """Segments of whole chunks one after another, and the last cut chunk by itself."""
     n = q.shape[2]
-    rest = n % SEGMENT
-    sizes = [SEGMENT] * (n // SEGMENT) + [s for s in (rest - rest % CHUNK, rest % CHUNK) if s]
-    # One segment is small enough to keep what its backward needs; of more, only the states are kept.
-    again = n > SEGMENT and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, S))
-    decays = [g] * len(sizes) if g.ndim == 1 else g.split(sizes, dim=2)
-    parts = (x.split(sizes, dim=2) for x in (q, k, v))
-    outs = []
-    for q_s, k_s, v_s, g_s in zip(*parts, decays, strict=True):
-        if again:
-            out, S = checkpoint(
-                _segment, q_s, k_s, v_s, g_s, S, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            out, S = _segment(q_s, k_s, v_s, g_s, S)
-        outs.append(out)
-    return (torch.cat(outs, dim=2) if outs else q.to(S.dtype) @ S), S
+    if n == 0:
+        return q.to(S.dtype) @ S, S
+    sizes = segment_sizes(n, segment=SEGMENT, chunk=CHUNK)
+    if g.ndim > 1:
+        return in_segments(_segment, (q, k, v, g), (S,), sizes=sizes, keep=SEGMENT)
+
+    def with_fixed_decay(q: Tensor, k: Tensor, v: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+        return _segment(q, k, v, g, S)
+
+    return in_segments(with_fixed_decay, (q, k, v), (S,), sizes=sizes, keep=SEGMENT)
 
 
 def _segment(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +180,7 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[Ten
         scores, since, until = _channel_scores(q, k, g.unflatten(2, (-1, c)))
     else:
         g = g[None, :, None, None].expand(1, -1, 1, c) if g.ndim == 1 else g.unflatten(2, (-1, c))
-        between = _sums(g)
+        between = decay_sums(g)
         scores = (q @ k.mT) * between.exp()
         since, until = g.cumsum(-1)[..., None], between[..., -1, :, None]
 
@@ -200,7 +194,7 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[Ten
     return out.flatten(2, 3), S
 
 
-def _sums(g: Tensor) -> Tensor:
+def decay_sums(g: Tensor) -> Tensor:
     """(..., c) to (..., c, c): at [i, j] the sum of g over j < l <= i, and -inf where j > i."""
     c = g.shape[-1]
     causal = torch.ones(c, c, dtype=torch.bool, device=g.device).tril()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from heedful.checks import check_divides, check_mask, check_positions, check_positive, check_tokens
 from heedful.mixers.mixer import Mixer
-from heedful.mixers.state import KVState
+from heedful.mixers.state import KVState, State
 from heedful.ops.attention import attention
 from heedful.ops.rotary import rotary_angles, rotate
 from heedful.patterns.causal import Causal
@@ -159,7 +159,7 @@ def next_angles(
     x: Float[Tensor, "b n c"],
     dim: int,
     positions: Shaped[Tensor, "*rows n"] | None,
-    state: KVState | None,
+    state: State | None,
     *,
     base: float = 10000.0,
 ) -> Float[Tensor, "*rows n pairs"]:

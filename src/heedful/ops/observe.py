@@ -1,0 +1,65 @@
+"""Looking at the attention calls that a module makes, without touching the module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from heedful.ops.call import Call
+from heedful.patterns.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One call: its sizes, and the share of its n x m matrix that lies in what the selection names."""
+
+    batch: int
+    heads: int
+    n: int
+    m: int
+    width: int
+    visited: float
+
+    @property
+    def products(self) -> float:
+        """Multiply-adds of the two products over the visited pairs (width: the mean of d and e)."""
+        return 2.0 * self.batch * self.heads * self.n * self.m * self.width * self.visited
+
+
+_observer: ContextVar[list[Visit] | None] = ContextVar("attention calls", default=None)
+
+
+@contextmanager
+def observe() -> Iterator[list[Visit]]:
+    """Collect a `Visit` for every `heedful.attention` call inside the context."""
+    visits: list[Visit] = []
+    token = _observer.set(visits)
+    try:
+        yield visits
+    finally:
+        _observer.reset(token)
+
+
+def note(call: Call) -> None:
+    """Tell the observer, if there is one, of a call."""
+    visits = _observer.get()
+    if visits is None:
+        return
+    width = (call.query.shape[-1] + call.value.shape[-1]) // 2
+    visits.append(Visit(call.query.shape[0], call.heads, call.n, call.m, width, _visited(call)))
+
+
+def _visited(call: Call) -> float:
+    selection = call.selection
+    if selection is None or call.n * call.m == 0:
+        return 1.0
+    if isinstance(selection, Pattern):
+        groups = selection.groups(call.n, call.m, call.query_offset, torch.device("cpu"))
+        if groups is not None:
+            return groups.visited()
+        return selection.block_table(call.n, call.m, query_offset=call.query_offset).visited()
+    return selection.visited()
