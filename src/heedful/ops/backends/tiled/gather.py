@@ -54,7 +54,14 @@ class Gather(Function):
         for chunk in _chunks(query, key, value, extra, job):
             part = slice(chunk.first, chunk.last)
             out[:, part], lse[:, part] = tile.forward(
-                chunk.query, chunk.key, chunk.value, chunk.additive, job.scale, chunk.keep(), chunk.fused
+                chunk.query,
+                chunk.key,
+                chunk.value,
+                chunk.additive,
+                job.scale,
+                chunk.keep(),
+                chunk.fused,
+                tile.blind_rows(chunk.additive),
             )
         ctx.save_for_backward(query, key, value, extra, out, lse)
         ctx.job = job

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from heedful.ops.backends.tiled.tile import blind_rows
 from heedful.patterns.pattern import Pattern
 from heedful.selection import FULL, BlockTable
 
@@ -54,6 +56,13 @@ class Row:
     segments: tuple[Segment, ...]
 
 
+class Hidden(NamedTuple):
+    """The additive mask of a tile, (1, 1, rows, columns), 0 where visible and -inf elsewhere; its blind rows."""
+
+    mask: Tensor
+    blind: Tensor | None
+
+
 @dataclass(eq=False)
 class Plan:
     """The walk for one group of heads (None: all of them) and batch rows (None: all)."""
@@ -63,11 +72,11 @@ class Plan:
     batch: tuple[int, ...] | None
     heads: tuple[int, ...] | None
     relative: bool
-    _masks: dict[tuple, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple, Hidden] = field(default_factory=dict)
     _bytes: int = 0
 
-    def hidden(self, row: Row, segment: Segment, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The additive mask of a tile, (1, 1, rows, columns): 0 where visible, -inf where hidden."""
+    def hidden(self, row: Row, segment: Segment, dtype: torch.dtype, device: torch.device) -> Hidden | None:
+        """What a tile of the row hides; None if nothing."""
         if not segment.masked or self.table.mask_fn is None:
             return None
         shift = row.start if self.relative else 0
@@ -78,22 +87,22 @@ class Plan:
             dtype,
             device,
         )
-        mask = self._masks.get(key)
-        if mask is None:
+        found = self._masks.get(key)
+        if found is None:
             r = torch.arange(row.start, row.stop, device=device)[:, None]
             b, h = (torch.tensor(0 if x is None else x[0], device=device) for x in (self.batch, self.heads))
             columns = segment.columns(device)[None]
             seen = self.table.mask_fn(b, h, r, columns).expand(r.shape[0], columns.shape[1]).clone()
             for a, z in segment.clear:
                 seen[:, a:z] = True
-            mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)[
-                None, None
-            ]
+            mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+            mask = mask[None, None]
+            found = Hidden(mask, blind_rows(mask))
             size = mask.numel() * mask.element_size()
             if self._bytes + size <= _MASK_BYTES:
-                self._masks[key] = mask
+                self._masks[key] = found
                 self._bytes += size
-        return mask
+        return found
 
 
 def _rows(count: Tensor, index: Tensor, kind: Tensor, table: BlockTable) -> Iterator[Row]:

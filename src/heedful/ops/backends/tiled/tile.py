@@ -33,21 +33,28 @@ def forward(
     scale: float,
     keep: Tensor | None,
     fused: bool,
+    blind: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the tile; a row that sees nothing gives zeros and -inf. keep: dropout factors."""
+    """(out, lse) of the tile. keep: dropout factors. blind: rows that see nothing, as `blind_rows` finds
+    them; they give zeros and -inf."""
     if not fused or keep is not None:
         return _forward_plain(query, key, value, additive, scale, keep)
     width = value.shape[-1]
     query, key, value = _same_width(query, key, value)
     out, lse = _flash(query, key, value, 0.0, False, attn_mask=additive, scale=scale)
     out = out[..., :width]
-    if additive is not None:
-        # The fused kernel's answer for a row without visible keys is undefined.
-        blind = (additive == -torch.inf).all(-1)
-        if blind.any():
-            out = out.masked_fill(blind[..., None], 0.0)
-            lse = lse.masked_fill(blind, -torch.inf)
+    if blind is not None:  # what the fused kernel gives for such rows is undefined
+        out = out.masked_fill(blind[..., None], 0.0)
+        lse = lse.masked_fill(blind, -torch.inf)
     return out, lse
+
+
+def blind_rows(additive: Tensor | None) -> Tensor | None:
+    """(b|1, h|1, n), True for rows that see nothing; None if there is none."""
+    if additive is None:
+        return None
+    blind = (additive == -torch.inf).all(-1)
+    return blind if bool(blind.any()) else None
 
 
 def backward(

@@ -47,15 +47,16 @@ class Walk(Function):
         job: Job,
     ) -> tuple[Tensor, Tensor]:
         b, h, n, _ = query.shape
-        out = query.new_zeros(b, h, n, value.shape[-1])
+        out = query.new_empty(b, h, n, value.shape[-1])
         lse = query.new_full((b, h, n), -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
         for visit in _visits(query, key, value, bias, job):
             rows = slice(visit.row.start, visit.row.stop)
             parts = []
             for at, (segment, k, v, additive) in enumerate(visit.tiles()):
-                keep = visit.keep(at, segment)
-                parts.append(tile.forward(visit.query, k, v, additive, job.scale, keep, visit.fused))
+                keep, blind = visit.keep(at, segment), visit.blind(segment, additive)
+                parts.append(tile.forward(visit.query, k, v, additive, job.scale, keep, visit.fused, blind))
             if not parts:
+                visit.view(out)[:, :, rows] = 0.0
                 continue
             part_out, part_lse = parts[0] if len(parts) == 1 else _merge(parts)
             visit.view(out)[:, :, rows] = visit.unfold(part_out)
@@ -187,11 +188,12 @@ class _Visit:
         # The fused kernel wants the mask in its own dtype; plain tiles compute in float32 at least.
         dtype = self.query.dtype if self.fused else torch.promote_types(self.query.dtype, torch.float32)
         device = self.query.device
-        total = self.plan.hidden(self.row, segment, dtype, device)
+        hidden = self.plan.hidden(self.row, segment, dtype, device)
+        total = None if hidden is None else hidden.mask
         if self.job.key_mask is not None:
             seen = segment.take(self.view_mask(self.job.key_mask)[:, None, :, None])[:, :, None, :, 0]
-            hidden = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-            total = hidden if total is None else total + hidden
+            padding = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+            total = padding if total is None else total + padding
         if self.bias is not None:
             bias = self._take_bias(segment).to(dtype)
             total = bias if total is None else total + bias
@@ -205,6 +207,15 @@ class _Visit:
             else:
                 total = self.fold(total)
         return total
+
+    def blind(self, segment: Segment, additive: Tensor | None) -> Tensor | None:
+        """The rows of a tile that see nothing; None if there is none."""
+        if self.job.key_mask is not None or self.bias is not None or additive is None:
+            return tile.blind_rows(additive)
+        hidden = self.plan.hidden(self.row, segment, additive.dtype, additive.device)
+        if hidden is None or hidden.blind is None:
+            return None
+        return hidden.blind.repeat(1, 1, self.repeats)
 
     def view_mask(self, mask: Tensor) -> Tensor:
         return mask if self.plan.batch is None else mask[self.plan.batch[0] : self.plan.batch[0] + 1]
