@@ -71,7 +71,8 @@ class Images:
         size = self.pixels.shape[2]
         return (
             f"{self.source}, {len(self.labels)} images of {size} x {size}, {self.classes} classes; "
-            f"always the most frequent gives {self.most_frequent:.3f}"
+            f"always the most frequent gives {self.most_frequent:.3f}. "
+            "Channel and pool mixers sit among 3 x 3 depthwise convolutions, which count here too"
         )
 
     @cached_property
