@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heedful.ops.backends import reference
-from heedful.ops.backends.tiled import gather, walk
+from heedful.ops.backends.tiled import gather, tile, walk
 from heedful.ops.backends.tiled.plan import Plan, Row, Segment, make_plans, pattern_plans
 from heedful.ops.call import Call
 from heedful.patterns.pattern import Pattern
@@ -55,7 +55,8 @@ def _walk(call: Call, selection: Pattern | BlockTable | None) -> tuple[Tensor, T
         plans = make_plans(selection)
     else:
         plans = _whole(call.n, call.m)
-    job = walk.Job(plans, call.scale, call.repeats, call.key_mask, call.dropout_p, _seed(call))
+    fused = tile.can_fuse(call.query, call.value)
+    job = walk.Job(plans, call.scale, call.repeats, call.key_mask, call.dropout_p, _seed(call), fused)
     return walk.Walk.apply(call.query, call.key, call.value, call.bias, call.sink_logits, job)
 
 

@@ -27,6 +27,7 @@ class Job:
     key_mask: Tensor | None
     dropout_p: float
     seed: int
+    fused: bool
 
 
 class Walk(Function):
@@ -136,13 +137,12 @@ class _Visit:
         number: int,
     ) -> None:
         self.plan, self.row, self.job, self.number = plan, row, job, number
+        self.repeats = job.repeats if plan.heads is None else 1
         self.key, self.value, self.bias = self.view_kv(key), self.view_kv(value), bias
         self.query = self.fold(self.view(query)[:, :, row.start : row.stop])
-        self.fused = tile.can_fuse(query, value)
-
-    @property
-    def repeats(self) -> int:
-        return self.job.repeats if self.plan.heads is None else 1
+        self.fused = job.fused
+        # The fused kernel wants masks in its own dtype; plain tiles compute in float32 at least.
+        self.dtype = query.dtype if job.fused else torch.promote_types(query.dtype, torch.float32)
 
     def view(self, x: Tensor) -> Tensor:
         """The batch rows and query heads of the plan."""
@@ -185,9 +185,7 @@ class _Visit:
                 yield Segment(((at, min(at + _PLAIN_COLUMNS, stop)),), False)
 
     def _additive(self, segment: Segment) -> Tensor | None:
-        # The fused kernel wants the mask in its own dtype; plain tiles compute in float32 at least.
-        dtype = self.query.dtype if self.fused else torch.promote_types(self.query.dtype, torch.float32)
-        device = self.query.device
+        dtype, device = self.dtype, self.query.device
         hidden = self.plan.hidden(self.row, segment, dtype, device)
         total = None if hidden is None else hidden.mask
         if self.job.key_mask is not None:
