@@ -388,13 +388,3 @@ def test_on_the_gpu(dtype, width):
     mask = torch.rand(2, 2048, generator=torch.Generator().manual_seed(1)) > 0.1
     for pattern in (p.Causal() & (p.Window(300) | p.Sink(4)), p.Neighborhood((32, 64), (7, 7))):
         agree(leaves, tolerance, pattern=pattern, key_mask=mask.to(DEVICE))
-
-
-@on_gpu
-@pytest.mark.gpu
-def test_auto_takes_it_on_the_gpu():
-    from heedful.ops import attention
-
-    leaves = inputs(n=4096, m=4096)
-    call = attention._door(*leaves, p.Window(64), None, None, None, None, None, 0.0, False)
-    assert attention._choose(call) == "triton"
