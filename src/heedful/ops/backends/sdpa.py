@@ -25,9 +25,15 @@ def unsupported(call: Call) -> str | None:
 
 
 def holds_scores(call: Call) -> bool:
-    """Whether the computation needs an n x m buffer (a mask or a bias)."""
-    plain = call.selection is None or _is_square_causal(call)
-    return not plain or call.bias is not None or (call.key_mask is not None and _is_square_causal(call))
+    """Whether the computation makes an n x m buffer of its own; the caller's bias is the caller's."""
+    causal = _is_square_causal(call)
+    if call.selection is not None and not causal:
+        return True
+    if isinstance(call.bias, Tensor):
+        # PyTorch falls back to a dense computation where the bias wants a gradient.
+        trained = torch.is_grad_enabled() and call.bias.requires_grad
+        return causal or call.key_mask is not None or trained
+    return causal and call.key_mask is not None
 
 
 def run(call: Call) -> tuple[Tensor, None]:
