@@ -57,7 +57,7 @@ class Row:
 
 
 class Hidden(NamedTuple):
-    """The additive mask of a tile, (1, 1, rows, columns), 0 where visible and -inf elsewhere; its blind rows."""
+    """The additive mask of a tile, (1, 1, rows, columns): 0 where visible, else -inf; its blind rows."""
 
     mask: Tensor
     blind: Tensor | None
