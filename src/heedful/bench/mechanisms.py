@@ -49,6 +49,18 @@ class Cost:
         return asdict(self) | {"forward_ratio": self.forward_ratio, "both_ratio": self.both_ratio}
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A mixer that could not be measured at a length, and why."""
+
+    mixer: str
+    length: int
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def sparse_mixers() -> list[str]:
     """Sequence mixers that can hide the future and are tagged sparse or linear."""
     return sorted(
@@ -58,7 +70,7 @@ def sparse_mixers() -> list[str]:
     )
 
 
-def costs(names: list[str], lengths: list[int], device: str = "cpu") -> Iterator[Cost]:
+def costs(names: list[str], lengths: list[int], device: str = "cpu") -> Iterator[Cost | Failure]:
     """Measure each mixer at each length in a process of its own; dense attention once a length."""
     for name in names:
         entry = find(name)
@@ -71,7 +83,8 @@ def costs(names: list[str], lengths: list[int], device: str = "cpu") -> Iterator
         for name in names:
             found = fresh(_measure, name, length, device)
             if isinstance(found, str):
-                raise RuntimeError(f"{name} at {length} tokens: {found}")
+                yield Failure(name, length, found)
+                continue
             forward, both, memory, visited = found
             yield Cost(name, length, forward, both, memory, dense[0], dense[1], visited)
 
@@ -87,7 +100,7 @@ def build(name: str) -> Mixer:
 def _measure(name: str, length: int, device: str) -> tuple[float, float, float | None, float | None]:
     mixer = build(name).to(device)
     x = torch.randn(1, length, DIM, device=device, requires_grad=True)
-    leaves = [x, *mixer.parameters()]
+    leaves = [x, *(p for p in mixer.parameters() if p.requires_grad)]
 
     def forward() -> object:
         with torch.no_grad():

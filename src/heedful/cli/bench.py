@@ -118,6 +118,10 @@ def _mechanisms(names: list[str] | None, sizes: list[int], device: str, json_fil
     for column in ("mixer", "tokens", "fwd ms", "fwd x", "fwd+bwd ms", "fwd+bwd x", "ideal x", "MiB"):
         table.add_column(column, justify="left" if column == "mixer" else "right")
     for cost in found:
+        if isinstance(cost, bench.Failure):
+            table.add_row(cost.mixer, str(cost.length), "not measured")
+            console.print(f"{cost.mixer} at {cost.length} tokens: {cost.reason}")
+            continue
         table.add_row(
             cost.mixer,
             str(cost.length),
