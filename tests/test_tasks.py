@@ -172,8 +172,21 @@ def test_unfit_data_is_named(tmp_path: Path) -> None:
         make_tasks("images", empty)
 
 
+def test_recall_takes_numbers_behind_its_name() -> None:
+    assert make_tasks("recall:length=512,pairs=4") == [Recall(length=512, pairs=4)]
+    assert make_tasks("recall") == [Recall()]
+
+
 @pytest.mark.door
 def test_recall_sizes_must_fit() -> None:
+    with pytest.raises(
+        ValueError, match="'window=3' does not fit the task recall, which takes whole numbers"
+    ):
+        make_tasks("recall:window=3")
+    with pytest.raises(ValueError, match="'length=long' does not fit"):
+        make_tasks("recall:length=long")
+    with pytest.raises(ValueError, match="the task 'text' takes no numbers"):
+        make_tasks("text:length=512")
     with pytest.raises(ValueError, match="pairs is 8, must be at most keys, which is 7"):
         Recall(keys=7)
     with pytest.raises(ValueError, match="queries is 5, must lie between"):

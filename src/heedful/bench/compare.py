@@ -13,7 +13,7 @@ import torch
 from heedful.bench import choices as choose
 from heedful.bench.choices import Choice
 from heedful.bench.influence import influence
-from heedful.bench.measure import cost, flops, parameters, step_memory
+from heedful.bench.measure import cost, flops, step_memory
 from heedful.bench.presets import LEARNING_RATE, MEASURE_SECONDS, PRESETS, Preset
 from heedful.bench.progress import Silent, Watch
 from heedful.bench.results import Comparison, Missing, Result
@@ -21,6 +21,7 @@ from heedful.bench.tasks import Images, Task, make_tasks
 from heedful.bench.train import train
 from heedful.bench.verdict import judge
 from heedful.checks import check_choice, check_positive
+from heedful.models.count import parameters
 
 SLOW = 20.0  # seconds a point of a cost curve may take before larger sizes are left out
 
@@ -61,12 +62,16 @@ def plan(
     data: Path | None = None,
     preset: str = "quick",
     seeds: int | None = None,
+    steps: int | None = None,
+    depth: int | None = None,
     budget: float | None = None,
     device: str | None = None,
 ) -> Plan:
     """Check everything that can be checked before the start.
 
+    task: a name, or all; recall takes numbers, "recall:length=512,pairs=8".
     mixers: names with arguments, "dense,faster-neighborhood-attention:window=7"; None: a small selection.
+    seeds, steps, depth: trainings of each mixer, their steps, blocks of the networks; None: the preset's.
     budget: minutes of wall clock; scales the training steps. What has not begun by then is not run.
     Raises ValueError on unknown names, unfit data, and if no mixer can do any of the tasks.
     """
@@ -75,6 +80,12 @@ def plan(
     if seeds is not None:
         check_positive("seeds", seeds)
         size = replace(size, seeds=seeds)
+    if steps is not None:
+        check_positive("steps", steps)
+        size = replace(size, steps=dict.fromkeys(size.steps, steps))
+    if depth is not None:
+        check_positive("depth", depth)
+        size = replace(size, depth=depth)
     if budget is not None and not budget > 0:
         raise ValueError(f"budget is {budget}, must be a number of minutes above 0")
     chosen = choose.default() if mixers is None else choose.parse(mixers)

@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    task: Annotated[str, typer.Option(help="recall, text, images, or all.")] = "all",
+    task: Annotated[
+        str, typer.Option(help="recall (with numbers: recall:length=512,pairs=8), text, images, or all.")
+    ] = "all",
     mixers: Annotated[
         str | None,
         typer.Option(
@@ -30,6 +32,12 @@ def compare(
     preset: Annotated[str, typer.Option(help="quick (under 5 minutes on two cores) or full.")] = "quick",
     seeds: Annotated[
         int | None, typer.Option(help="Trainings of each mixer; the preset's number if not given.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps; the preset's number if not given.")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Blocks of the networks; the preset's number if not given.")
     ] = None,
     budget: Annotated[
         float | None,
@@ -56,7 +64,15 @@ def compare(
                     f"{file.absolute().parent} is not a folder; {file.name} cannot be written there"
                 )
         plan = bench.plan(
-            task=task, mixers=mixers, data=data, preset=preset, seeds=seeds, budget=budget, device=device
+            task=task,
+            mixers=mixers,
+            data=data,
+            preset=preset,
+            seeds=seeds,
+            steps=steps,
+            depth=depth,
+            budget=budget,
+            device=device,
         )
     except ValueError as error:
         typer.echo(f"heedful compare: {error}", err=True)
