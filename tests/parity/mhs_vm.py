@@ -1,4 +1,4 @@
-"""The selective scan and the Mamba mixer, which the cards of the vision Mambas share, and the scan routes."""
+"""MHS-VM, with the selective scan and the Mamba mixer that the vision Mambas share, and the scan routes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from heedful.authors import load
 from heedful.mixers.scan.mamba import Mamba
+from heedful.mixers.scan.mhs_vm import MultiHeadScanGate
 from heedful.ops.scan import selective_scan
 from heedful.ops.scan_orders import inverse_order, scan_routes
 from tests.parity.harness import Tensors, adapter
@@ -38,3 +39,17 @@ def routes(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
         base = torch.cat([scan_routes(name, (height, width))[::2] for name in names])
         found[f"routes_{height}x{width}"] = torch.stack([base, inverse_order(base)], dim=1)
     return found
+
+
+@adapter("mhs-vm-gate-h3", "mhs-vm-gate-h4")
+def gate(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
+    told = config["para_dict"]
+    mixer = MultiHeadScanGate(
+        config["d_model"],
+        heads=told["head_num"],
+        state_dim=config["d_state"],
+        threshold=told["gfu_t"],
+    )
+    load(mixer, params).eval()
+    y = mixer(inputs["x"].movedim(-1, 1)).movedim(1, -1)
+    return {"y": y, "mhs": mixer.scan(inputs["x_mhs"]).movedim(1, -1)}

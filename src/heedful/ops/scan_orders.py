@@ -121,7 +121,9 @@ def scan_routes(name: str, size: Sequence[int]) -> Int[Tensor, "4 n"]:
     check_choice("name", name, ROUTES)
     if len(size) != 2:
         raise ValueError(f"size is {tuple(size)}, must be (height, width)")
-    return _routes(name, *size).clone()
+    # While torch traces, tensors are no real ones and must not be kept.
+    routes = _routes.__wrapped__ if torch.compiler.is_compiling() else _routes
+    return routes(name, *size).clone()
 
 
 @functools.lru_cache(maxsize=64)
