@@ -25,6 +25,7 @@ _ROOMS = (
     "hf",
     "inspect",
     "mixers",
+    "models",
     "nn",
     "ops",
     "patterns",

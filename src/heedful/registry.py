@@ -123,12 +123,18 @@ def _source_index() -> dict[str, Entry]:
         if "@register(" not in text or file == Path(__file__):
             continue
         module = ".".join(("heedful", *file.relative_to(root).with_suffix("").parts))
+        configs = configurations(text)
         for node in ast.parse(text).body:
             if not isinstance(node, ast.ClassDef | ast.FunctionDef):
                 continue
             for call in node.decorator_list:
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "register":
                     declared = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+                    if declared["kind"] == "model":
+                        names = [
+                            n for n, told in configs.items() if told.get("object", node.name) == node.name
+                        ]
+                        declared["aliases"] = (*declared.get("aliases", ()), *names)
                     entry = Entry(
                         ast.literal_eval(call.args[0]),
                         module=module,
@@ -143,6 +149,18 @@ def _source_index() -> dict[str, Entry]:
                         )
                     found[entry.name] = entry
     return found
+
+
+def configurations(text: str) -> dict[str, dict[str, Any]]:
+    """The literal table CONFIGS of a model file's source text (see `heedful.models.named`)."""
+    if "\nCONFIGS" not in text:
+        return {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(getattr(target, "id", "") == "CONFIGS" for target in targets):
+                return ast.literal_eval(node.value)
+    return {}
 
 
 def index() -> dict[str, Entry]:

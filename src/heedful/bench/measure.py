@@ -5,16 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from heedful.bench.choices import Choice
 from heedful.bench.process import fresh, peak_memory
 from heedful.bench.tasks import Task
 from heedful.bench.train import training_loss
+from heedful.models.count import multiply_adds
 
 ENOUGH = 0.2  # seconds of repeated measurement of one point
 
@@ -29,25 +28,9 @@ class Point:
     memory_mib: float | None  # None where the system does not tell
 
 
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def flops(model: nn.Module, inputs: torch.Tensor) -> int:
-    """Floating-point operations of a forward, a multiply-add counted as two.
-
-    Matrix products, convolutions and fused attention are counted; what a custom operator does inside is not.
-    """
-    cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def fused(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    counter = FlopCounterMode(display=False, custom_mapping={cpu_flash: fused})
-    model.eval()
-    with torch.no_grad(), counter:
-        model(inputs)
-    return counter.get_total_flops()
+    """Floating-point operations of a forward, a multiply-add counted as two."""
+    return 2 * multiply_adds(model, inputs)
 
 
 def cost(choice: Choice, *, dim: int, tokens: int, side: int | None, device: str) -> Point | str:

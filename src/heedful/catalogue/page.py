@@ -54,6 +54,10 @@ def call(entry: Entry) -> str:
         if entry.kind == "pattern":
             lines.append(f"q = k = v = torch.randn(1, 2, {pattern_tokens(made(**example))}, 8)")
             lines.append("y = heedful.attention(q, k, v, pattern=pattern)")
+        if hasattr(made, "example_inputs"):
+            inputs = made(**example).example_inputs()
+            given = ", ".join(f"{name}={_literal(value)}" for name, value in inputs.items())
+            lines.append(f"y = {entry.kind}({given})")
         return "\n".join(lines)
     inputs = dict(made(**example).example_inputs())
     x = inputs.pop("x")

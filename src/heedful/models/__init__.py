@@ -1,0 +1,32 @@
+"""Backbones and small complete models made of mixers.
+
+heedful.models.list()                                             # names, parameters, multiply-adds
+model = heedful.models.create("biformer_tiny", classes=10)        # (b, 3, height, width) -> (b, 10)
+pyramid = heedful.models.create("biformer_tiny", features_only=True)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_LAZY = {
+    "Backbone": "heedful.models.backbone",
+    "create": "heedful.models.named",
+    "find": "heedful.models.named",
+    "list": "heedful.models.named",
+    "multiply_adds": "heedful.models.count",
+    "parameters": "heedful.models.count",
+}
+
+__all__ = [*_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'heedful.models' has no attribute {name!r}")
+
+
+def __dir__() -> Any:
+    return sorted([*globals(), *__all__])
