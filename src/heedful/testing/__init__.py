@@ -1,4 +1,4 @@
-"""Checks for mechanisms of one's own: `check_mixer` proves what a mixer declares, `check_backbone` a model."""
+"""Checks for mechanisms of one's own: what a mixer or a backbone declares is proven."""
 
 from heedful.testing.check_backbone import check_backbone
 from heedful.testing.check_mixer import BoundCheck, check_mixer, mixer_checks, parametrize_mixers
