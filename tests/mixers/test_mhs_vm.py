@@ -2,22 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.literal import assert_same_with_gradients, depthwise, layer_norm, s6, scatter, silu
 from torch import Tensor
 from torch.testing import assert_close
 
 from heedful import authors
 from heedful.mixers.scan.mhs_vm import MultiHeadScan2d, MultiHeadScanGate, fuse_routes
-from heedful.mixers.scan.selective_ssm import SelectiveSSM
 
 
 def build(kind: type, **arguments):
     torch.manual_seed(0)
     mixer = kind(11, **{"heads": 3, "state_dim": 2, **arguments}, dtype=torch.float64)
-    with torch.no_grad():
-        for name, parameter in mixer.named_parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-            if name.endswith("step_bias"):
-                parameter.add_(2)  # steps that matter within some tokens
+    scatter(mixer)
     return mixer
 
 
@@ -44,24 +40,6 @@ def places(pattern: int, height: int, width: int) -> list[list[tuple[int, int]]]
     return [cells, sorted(cells, key=lambda c: (c[1], c[0]))]
 
 
-def scanned(u: Tensor, ssm: SelectiveSSM, r: int) -> Tensor:
-    """S6 with the weights of route r over (n, d), token by token."""
-    R, S = ssm.rank, ssm.state_dim
-    h, rows = torch.zeros(ssm.dim, S, dtype=torch.float64), []
-    for u_t in u:
-        given = ssm.read[r] @ u_t
-        delta = torch.log1p(torch.exp(ssm.step[r] @ given[:R] + ssm.step_bias[r]))
-        decay = torch.exp(-delta[:, None] * torch.exp(ssm.log_rate[r]))
-        h = decay * h + torch.outer(delta * u_t, given[R : R + S])
-        rows.append(h @ given[R + S :] + ssm.skip[r] * u_t)
-    return torch.stack(rows)
-
-
-def normed(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
-
-
 def literal(x: Tensor, m: MultiHeadScan2d) -> Tensor:
     """One map (c, height, width)."""
     _, height, width = x.shape
@@ -72,7 +50,7 @@ def literal(x: Tensor, m: MultiHeadScan2d) -> Tensor:
         found = []
         base = places(h, height, width)
         for r, route in enumerate([base[0], base[0][::-1], base[1], base[1][::-1]]):
-            y = scanned(torch.stack([u[i, j] for i, j in route]), m.ssm, 4 * h + r)
+            y = s6(torch.stack([u[i, j] for i, j in route]), m.ssm, 4 * h + r)
             at = {place: t for t, place in enumerate(route)}
             found.append(
                 torch.stack([torch.stack([y[at[i, j]] for j in range(width)]) for i in range(height)])
@@ -82,13 +60,7 @@ def literal(x: Tensor, m: MultiHeadScan2d) -> Tensor:
         least = torch.stack(found).amin(0)
         cv = std / (sum(y - least for y in found) / 4 + 1e-5)
         heads.append(sum(found) * torch.clamp(cv - m.threshold, min=0))
-    return (normed(torch.cat(heads, -1), m.norm) @ m.out.weight.T).permute(2, 0, 1)
-
-
-def assert_same_with_gradients(y: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
-    assert_close(y, expected)
-    weight = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    assert_close(*(torch.autograd.grad((z * weight).sum(), leaves) for z in (y, expected)))
+    return (layer_norm(torch.cat(heads, -1), m.norm) @ m.out.weight.T).permute(2, 0, 1)
 
 
 @pytest.mark.parametrize(("heads", "threshold", "size"), [(3, 0.0, (2, 4)), (4, 0.6, (4, 3))])
@@ -103,14 +75,8 @@ def test_gate_around_the_scan():
     m = build(MultiHeadScanGate)
     x = torch.randn(2, 11, 3, 4, dtype=torch.float64, requires_grad=True)
     u, z = torch.einsum("dc,bcyx->bdyx", m.enter.weight, x).split(11, dim=1)
-    padded = torch.nn.functional.pad(u, (1, 1, 1, 1))
-    conv = m.conv.bias[:, None, None] + sum(
-        padded[..., i : i + 3, j : j + 4] * m.conv.weight[:, 0, i, j, None, None]
-        for i in range(3)
-        for j in range(3)
-    )
-    y = torch.stack([literal(row, m.scan) for row in conv / (1 + (-conv).exp())])
-    expected = normed(y.movedim(1, -1), m.norm).movedim(-1, 1) * z / (1 + (-z).exp())
+    y = torch.stack([literal(silu(depthwise(row, m.conv)), m.scan) for row in u])
+    expected = layer_norm(y.movedim(1, -1), m.norm).movedim(-1, 1) * silu(z)
     assert_same_with_gradients(m(x), expected, [x, *m.parameters()])
 
 

@@ -18,9 +18,10 @@ class SelectiveSSM(nn.Module):
         r, B, C = W_read u,  delta = softplus(W_step r + b),  A = -exp(log_rate)
         h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t,   y_t = C_t . h_t + D u_t
 
-    dim        channels of u; r has ceil(dim / 16)
+    dim        channels of u
     routes     number of sequences that are scanned side by side
     state_dim  numbers of state a channel
+    rank       channels of r; None: ceil(dim / 16)
 
     Runs in float32 at least. A starts at -1 .. -state_dim, D (`skip`) at 1, and b such that steps lie in
     (0.001, 0.1). Raises ValueError unless all are at least 1.
@@ -33,25 +34,27 @@ class SelectiveSSM(nn.Module):
         *,
         routes: int,
         state_dim: int = 16,
+        rank: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("routes", routes), ("state_dim", state_dim)):
+        rank = math.ceil(dim / 16) if rank is None else rank
+        for name, value in (("dim", dim), ("routes", routes), ("state_dim", state_dim), ("rank", rank)):
             check_positive(name, value)
-        self.dim, self.routes, self.state_dim, self.rank = dim, routes, state_dim, math.ceil(dim / 16)
+        self.dim, self.routes, self.state_dim, self.rank = dim, routes, state_dim, rank
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(routes, *shape, device=device, dtype=dtype))
 
-        self.read = empty(self.rank + 2 * state_dim, dim)
-        self.step = empty(dim, self.rank)
+        self.read = empty(rank + 2 * state_dim, dim)
+        self.step = empty(dim, rank)
         self.step_bias = empty(dim)
         self.log_rate = empty(dim, state_dim)
         self.skip = empty(dim)
         with torch.no_grad():
             self.read.uniform_(-(dim**-0.5), dim**-0.5)
-            self.step.uniform_(-(self.rank**-0.5), self.rank**-0.5)
+            self.step.uniform_(-(rank**-0.5), rank**-0.5)
             step = torch.empty_like(self.step_bias).uniform_(math.log(0.001), math.log(0.1)).exp()
             self.step_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
             self.log_rate.copy_(torch.arange(1, state_dim + 1).log())
@@ -63,16 +66,32 @@ class SelectiveSSM(nn.Module):
         """Every route from nothing to its last token; float32, or float64 if u is."""
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(torch.promote_types(u.dtype, torch.float32))
-            given = self.read.to(u.dtype) @ u
-            r, B, C = given.split([self.rank, self.state_dim, self.state_dim], dim=2)
-            y = selective_scan(
-                u.flatten(1, 2),
-                (self.step.to(u.dtype) @ r).flatten(1, 2),
-                -self.log_rate.to(u.dtype).exp().flatten(0, 1),
-                B,
-                C,
-                self.skip.flatten(),
-                delta_bias=self.step_bias.flatten(),
-                delta_softplus=True,
-            )
+            step, B, C = self._given(u)
+            return self._scan(u, step, B, C, self.skip.flatten())
+
+    def hidden(self, u: Float[Tensor, "b routes d n"]) -> tuple[Tensor, Tensor]:
+        """The states h (b, routes, d, n) and the C (b, routes, 1, n) to read them, if state_dim is 1."""
+        if self.state_dim != 1:
+            raise ValueError(f"state_dim is {self.state_dim}, must be 1 to give the states themselves")
+        with torch.autocast(u.device.type, enabled=False):
+            u = u.to(torch.promote_types(u.dtype, torch.float32))
+            step, B, C = self._given(u)
+            return self._scan(u, step, B, torch.ones_like(C), None), C
+
+    def _given(self, u: Tensor) -> tuple[Tensor, ...]:
+        """What the tokens give: the steps (before bias and softplus), B and C."""
+        r, B, C = (self.read.to(u.dtype) @ u).split([self.rank, self.state_dim, self.state_dim], dim=2)
+        return self.step.to(u.dtype) @ r, B, C
+
+    def _scan(self, u: Tensor, step: Tensor, B: Tensor, C: Tensor, skip: Tensor | None) -> Tensor:
+        y = selective_scan(
+            u.flatten(1, 2),
+            step.flatten(1, 2),
+            -self.log_rate.to(u.dtype).exp().flatten(0, 1),
+            B,
+            C,
+            skip,
+            delta_bias=self.step_bias.flatten(),
+            delta_softplus=True,
+        )
         return y.unflatten(1, (self.routes, self.dim))  # type: ignore[union-attr]
