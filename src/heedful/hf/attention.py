@@ -1,9 +1,4 @@
-"""heedful inside pretrained Hugging Face models (transformers 5).
-
-    import heedful.hf
-    model.set_attn_implementation("heedful")
-    with heedful.hf.use_pattern(patterns.Window(256) | patterns.Sink(4)):
-        model.generate(ids)
+"""The attention implementation "heedful" of transformers, and patterns inside it.
 
 The model's own visibility (causal order, padding, sliding windows, packed sequences) is kept and travels
 to the kernels as a pattern and a key mask; tables of n x m entries are held only for masks that the
@@ -18,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -223,6 +219,39 @@ def attention_forward(
                 f'{type(module).__name__} asks for {name}, which attention implementation "heedful" does not '
                 f'give; call model.set_attn_implementation("{instead}")'
             )
+    told = visibility(module, query, key, attention_mask, is_causal, position_bias)
+    if (watcher := watchers.pop(key, None)) is not None:
+        watcher(query, key, value, scaling, told)
+    out = attention(query, key, value, **told, scale=scaling, sink_logits=s_aux, dropout_p=dropout)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None
+
+
+Watcher = Callable[[Tensor, Tensor, Tensor, float | None, "Visibility"], None]
+
+# Called once with (query, key, value, scale, visibility) when attention over these very keys is computed. A
+# cache that scores its entries puts itself here for the keys that its update returns.
+watchers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class Visibility(TypedDict):
+    """Who sees whom in a call, as `heedful.attention` takes it."""
+
+    pattern: Pattern | None
+    bias: Tensor | None
+    key_mask: Bool[Tensor, "b m"] | None
+    query_offset: int
+
+
+def visibility(
+    module: nn.Module,
+    query: Float[Tensor, "b hq n d"],
+    key: Float[Tensor, "b hkv m d"],
+    attention_mask: Visible | Tensor | None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+) -> Visibility:
+    """What the model, and `use_pattern` where it is in force, let the queries of a call see."""
     n, m = query.shape[2], key.shape[2]
     pattern: Pattern | None = None
     key_mask, bias, offset, first = None, position_bias, m - n, 0
@@ -250,20 +279,7 @@ def attention_forward(
     if chosen is not None and (narrow := chosen.of(module)) is not None:
         narrow = _shift(narrow, first)
         pattern = narrow if pattern is None else pattern & narrow
-    out = attention(
-        query,
-        key,
-        value,
-        pattern=pattern,
-        bias=bias,
-        scale=scaling,
-        key_mask=key_mask,
-        sink_logits=s_aux,
-        query_offset=offset,
-        dropout_p=dropout,
-    )
-    assert isinstance(out, Tensor)
-    return out.transpose(1, 2).contiguous(), None
+    return Visibility(pattern=pattern, bias=bias, key_mask=key_mask, query_offset=offset)
 
 
 def _shift(pattern: Pattern, by: int) -> Pattern:

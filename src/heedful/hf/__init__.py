@@ -1,0 +1,36 @@
+"""heedful inside pretrained Hugging Face models (transformers 5).
+
+    import heedful.hf
+    model.set_attn_implementation("heedful")
+    with heedful.hf.use_pattern(patterns.Window(256) | patterns.Sink(4)):
+        model.generate(ids)
+
+`tap` lets a handler see or change every attention call of a model for a while: steering and inspection are
+made of it.
+"""
+
+from heedful.hf.attention import (
+    NAME,
+    Visibility,
+    Visible,
+    attention_forward,
+    use_pattern,
+    visibility,
+    visible_mask,
+    watchers,
+)
+from heedful.hf.tap import Handler, Site, tap
+
+__all__ = [
+    "NAME",
+    "Handler",
+    "Site",
+    "Visibility",
+    "Visible",
+    "attention_forward",
+    "tap",
+    "use_pattern",
+    "visibility",
+    "visible_mask",
+    "watchers",
+]

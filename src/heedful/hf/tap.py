@@ -1,0 +1,282 @@
+"""Seeing and changing the attention calls of a pretrained model, for as long as a context lasts.
+
+    class Halve(Handler):
+        def weights(self, site, weights):
+            return weights / 2
+
+    with tap(model, Halve()):
+        model(ids)
+
+It goes through transformers' AttentionInterface: no module is patched, and the model's own attention
+implementation is back when the context ends, also after an exception. Several taps on one model act in the
+order they were entered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from heedful.hf.attention import Visibility, Visible, visibility, visible_mask, watchers
+from heedful.ops.attention import attention
+
+NAME = "heedful-tap"
+
+
+@dataclass
+class Site:
+    """One attention call of a model, before it is computed.
+
+    name      of the attention module in the model, e.g. "model.layers.3.self_attn"
+    layer     its layer_idx, or where it has none the first number in its name
+    cross     whether the keys are those of another sequence
+    key and value keep the model's KV heads, unrepeated. Dense tables are made when asked for, for all query
+    rows or for some of them, so that long inputs can be looked at in pieces.
+    """
+
+    module: nn.Module
+    name: str
+    layer: int
+    cross: bool
+    query: Float[Tensor, "b hq n d"]
+    key: Float[Tensor, "b hkv m d"]
+    value: Float[Tensor, "b hkv m e"]
+    scale: float
+    visibility: Visibility
+    softcap: float | None = None
+    sink_logits: Float[Tensor, " hq"] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)  # for handlers to hand on within the call
+
+    @property
+    def prefill(self) -> bool:
+        """Whether more than one query is asked at once."""
+        return self.query.shape[2] > 1
+
+    @cached_property
+    def _offset(self) -> int:
+        return self.visibility["query_offset"]
+
+    def visible(self, rows: slice = slice(None)) -> Bool[Tensor, "b hq r m"]:
+        """The pairs that the model lets see each other, broadcast over what they do not depend on."""
+        n, m = self.query.shape[2], self.key.shape[2]
+        device = self.query.device
+        seen = torch.ones(1, 1, len(range(*rows.indices(n))), m, dtype=torch.bool, device=device)
+        pattern, key_mask = self.visibility["pattern"], self.visibility["key_mask"]
+        if pattern is not None:
+            b = torch.arange(pattern.batch, device=device)[:, None, None, None]
+            h = torch.arange(pattern.heads, device=device)[:, None, None]
+            q = torch.arange(n, device=device)[rows, None] + self._offset
+            seen = seen & pattern.visible(b, h, q, torch.arange(m, device=device))
+        return seen if key_mask is None else seen & key_mask[:, None, None]
+
+    def logits(self, rows: slice = slice(None)) -> Float[Tensor, "b hq r m"]:
+        """scale q . k, soft-capped and with the model's bias; -inf where the model hides the key."""
+        query = self.query[:, :, rows]
+        groups = query.shape[1] // self.key.shape[1]
+        logits = query.unflatten(1, (-1, groups)) @ self.key[:, :, None].transpose(-2, -1) * self.scale
+        logits = logits.flatten(1, 2)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        bias = self.visibility["bias"]
+        if bias is not None:
+            logits = logits + (bias[..., rows, :] if bias.shape[-2] > 1 else bias)
+        return logits.masked_fill(~self.visible(rows), -torch.inf)
+
+    def weights(self, rows: slice = slice(None)) -> Float[Tensor, "b hq r m"]:
+        """The attention weights; zeros in rows that see nothing."""
+        return self.softmax(self.logits(rows))
+
+    def lse(self, rows: slice = slice(None)) -> Float[Tensor, "b hq r"]:
+        """The logarithm of the softmax denominator, in float32, the sink logit included."""
+        lse = self.logits(rows).float().logsumexp(-1)
+        if self.sink_logits is not None:
+            lse = torch.logaddexp(lse, self.sink_logits.float()[:, None])
+        return lse
+
+    def softmax(self, logits: Float[Tensor, "b hq r m"]) -> Float[Tensor, "b hq r m"]:
+        """Logits as weights, in float32 as models have it; a sink logit takes its share."""
+        x = logits.float()
+        if self.sink_logits is not None:
+            sink = self.sink_logits.float()[:, None, None].expand(*x.shape[:3], 1)
+            x = torch.cat([x, sink], dim=-1)
+        x = x.softmax(-1)[..., : logits.shape[-1]]
+        return x.masked_fill(logits == -torch.inf, 0.0).to(logits.dtype)
+
+    def mix(self, weights: Float[Tensor, "b hq r m"]) -> Float[Tensor, "b hq r e"]:
+        """Weights times values: what each head puts out."""
+        groups = weights.shape[1] // self.value.shape[1]
+        return (weights.unflatten(1, (-1, groups)) @ self.value[:, :, None]).flatten(1, 2)
+
+
+class Handler:
+    """What a tap calls at every attention call of the model; each method is an identity unless overridden.
+
+    A handler that overrides `logits` or `weights` makes its calls dense, with tables of n x m; one that
+    overrides `see` or `output` alone leaves them to heedful's kernels.
+    """
+
+    def wants(self, site: Site) -> bool:
+        """Whether this call is of interest."""
+        return True
+
+    def see(self, site: Site) -> None:
+        """Look at the call before it is computed."""
+
+    def logits(self, site: Site, logits: Float[Tensor, "b hq n m"]) -> Float[Tensor, "b hq n m"]:
+        """Change the logits; -inf where the model hides a key."""
+        return logits
+
+    def weights(self, site: Site, weights: Float[Tensor, "b hq n m"]) -> Float[Tensor, "b hq n m"]:
+        """Change the attention weights; rows need not sum to 1."""
+        return weights
+
+    def output(self, site: Site, output: Float[Tensor, "b hq n e"]) -> Float[Tensor, "b hq n e"]:
+        """Change what the heads put out, before the output projection."""
+        return output
+
+
+@dataclass
+class _Tapped:
+    """A model under tap: its handlers in order, the names of its modules, and what to put back."""
+
+    handlers: list[Handler]
+    names: WeakKeyDictionary[nn.Module, str]
+    before: list[tuple[Any, str | None]]  # configurations with their attention implementation
+
+
+_tapped: WeakKeyDictionary[nn.Module, _Tapped] = WeakKeyDictionary()
+_root: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+@contextmanager
+def tap(model: PreTrainedModel, *handlers: Handler) -> Iterator[None]:
+    """Let `handlers` see and change every attention call of `model` inside this context.
+
+    Raises ValueError if `model` is no transformers model, or one whose attention cannot be chosen.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {type(model).__name__}, must be a transformers PreTrainedModel")
+    root = _root.get(model, model)  # a part of a model under tap belongs to that tap
+    tapped = _tapped.get(root) or _open(root)
+    tapped.handlers.extend(handlers)
+    try:
+        yield
+    finally:
+        for handler in handlers:  # by identity: equal handlers may be entered twice
+            del tapped.handlers[[h is handler for h in tapped.handlers].index(True)]
+        if not tapped.handlers:
+            _close(root, tapped)
+
+
+def _open(root: PreTrainedModel) -> _Tapped:
+    configs = {id(m.config): m.config for m in root.modules() if isinstance(m, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    refused = [
+        type(m).__name__
+        for m in root.modules()
+        if isinstance(m, PreTrainedModel) and not m._can_set_attn_implementation()
+    ]
+    if refused:
+        raise ValueError(
+            f"model is a {type(root).__name__} with {', '.join(sorted(set(refused)))}, "
+            "which does not go through transformers' AttentionInterface; it must, to be tapped"
+        )
+    tapped = _Tapped([], WeakKeyDictionary(), before)
+    for name, module in root.named_modules():
+        tapped.names[module] = name
+        _root[module] = root
+    _tapped[root] = tapped
+    root.set_attn_implementation(NAME)
+    return tapped
+
+
+def _close(root: nn.Module, tapped: _Tapped) -> None:
+    for config, implementation in tapped.before:
+        config._attn_implementation_internal = (
+            implementation  # the setter would reach into other configurations
+        )
+    for module in root.modules():
+        _root.pop(module, None)
+    del _tapped[root]
+
+
+def _forward(
+    module: nn.Module,
+    query: Float[Tensor, "b hq n d"],
+    key: Float[Tensor, "b hkv m d"],
+    value: Float[Tensor, "b hkv m e"],
+    attention_mask: Visible | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Float[Tensor, " hq"] | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "b n hq e"], Tensor | None]:
+    """The attention function (the interface is transformers' AttentionInterface)."""
+    tapped = _tapped[_root[module]]
+    name = tapped.names[module]
+    told = visibility(module, query, key, attention_mask, is_causal, position_bias)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if (watcher := watchers.pop(key, None)) is not None:
+        watcher(query, key, value, scale, told)
+    site = Site(
+        module,
+        name,
+        _layer(module, name),
+        _crosses(module, name),
+        query,
+        key,
+        value,
+        scale,
+        told,
+        softcap,
+        s_aux,
+    )
+    handlers = [h for h in tapped.handlers if h.wants(site)]
+    for handler in handlers:
+        handler.see(site)
+    changes = [
+        h for h in handlers if type(h).logits is not Handler.logits or type(h).weights is not Handler.weights
+    ]
+    if changes or softcap is not None:
+        logits = site.logits()
+        for handler in changes:
+            logits = handler.logits(site, logits)
+        weights = site.softmax(logits)
+        for handler in changes:
+            weights = handler.weights(site, weights)
+        output = site.mix(nn.functional.dropout(weights, dropout))
+    else:
+        output = attention(query, key, value, **told, scale=scale, sink_logits=s_aux, dropout_p=dropout)
+    for handler in handlers:
+        output = handler.output(site, output)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _layer(module: nn.Module, name: str) -> int:
+    index = getattr(module, "layer_idx", None)
+    if index is None:
+        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+        index = int(found[1]) if found else 0
+    return int(index)
+
+
+def _crosses(module: nn.Module, name: str) -> bool:
+    told = getattr(module, "is_cross_attention", None)
+    return bool(told) if told is not None else any(w in name for w in ("encoder_attn", "cross", "EncDec"))
+
+
+AttentionInterface.register(NAME, _forward)
+AttentionMaskInterface.register(NAME, visible_mask)
