@@ -15,6 +15,7 @@ from heedful import patterns as p
 from heedful.ops.attention import BACKENDS
 from heedful.ops.backends.tiled import plan as tiled_plan
 from heedful.ops.bias import alibi_bias, alibi_slopes
+from heedful.patterns.local_stride import LocalStride
 from heedful.selection import BlockTable, TokenGroups
 
 DTYPE = torch.float64
@@ -180,6 +181,22 @@ def test_rows_of_several_segments(monkeypatch, long):
             outcome(leaves, pattern=pattern, backend="tiled"),
             outcome(leaves, pattern=pattern, backend="reference"),
         )
+    tiled_plan.pattern_plans.cache_clear()
+
+
+def test_tiled_makes_each_mask_once(monkeypatch):
+    """Tiles that hide alike share a mask, and no later pass makes it again."""
+    pattern = LocalStride(2, block_size=64, local_blocks=2, stride=4)
+    leaves = inputs(1, 2, 2, 2048, 2048, dtype=torch.float32)
+    looks, look = [], tiled_plan.Plan._visible
+    monkeypatch.setattr(tiled_plan.Plan, "_visible", lambda *a: looks.append(a) or look(*a))
+    tiled_plan.pattern_plans.cache_clear()
+    for _ in range(2):
+        heedful.attention(*leaves, pattern=pattern, backend="tiled").sum().backward()
+        plans = tiled_plan.pattern_plans(pattern, 2048, 2048, 0)
+        assert sum(s.masked for each in plans for row in each.rows for s in row.segments) == len(looks)
+    kept = {id(h.mask): h.mask.numel() for each in plans for h in each.masks._places.values()}
+    assert len(kept) < len(looks) / 2
     tiled_plan.pattern_plans.cache_clear()
 
 

@@ -71,6 +71,10 @@ class LocalStride(Pattern):
         own = (j + g * self.step + self.offset) % self.stride == 0
         return own | (g >= self.kv_heads - self.dense_heads) if self.dense_heads else own
 
+    @property
+    def grain(self) -> int:
+        return self.block_size
+
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         j = k // self.block_size
         return (k <= q) & ((q // self.block_size - j < self.local_blocks) | self.shard(h, j))
@@ -129,6 +133,10 @@ class RelativeStride(Pattern):
         for side in sides:
             check_positive("local_blocks", side)
         object.__setattr__(self, "local_blocks", sides)
+
+    @property
+    def grain(self) -> int:
+        return self.block_size
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         before, after = self._sides()

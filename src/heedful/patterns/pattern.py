@@ -37,6 +37,11 @@ class Pattern(ABC):
     relative: ClassVar[bool] = False  # visible depends on key - query alone, for every batch row and head
     exact_tiles: ClassVar[bool] = False  # `tiles` is exact, not only safe
 
+    @property
+    def grain(self) -> int:
+        """Keys a block where the pattern shows or hides whole blocks of keys, counted from key 0; else 1."""
+        return 1
+
     # -- what a pattern defines -------------------------------------------------------------------
 
     @abstractmethod
@@ -178,6 +183,10 @@ class _Pair(Pattern):
         return self.left.relative and self.right.relative
 
     @property
+    def grain(self) -> int:
+        return max(self.left.grain, self.right.grain)
+
+    @property
     def batch(self) -> int:
         return max(self.left.batch, self.right.batch)
 
@@ -240,6 +249,10 @@ class Not(Pattern):
     @property
     def relative(self) -> bool:  # type: ignore[override]
         return self.inner.relative
+
+    @property
+    def grain(self) -> int:
+        return self.inner.grain
 
     @property
     def batch(self) -> int:

@@ -39,6 +39,10 @@ class PerHead(Pattern):
         return all(member.exact_tiles for member in self.members)
 
     @property
+    def grain(self) -> int:
+        return max(member.grain for member in self.members)
+
+    @property
     def batch(self) -> int:
         return max(member.batch for member in self.members)
 

@@ -42,6 +42,10 @@ class Power(Pattern):
         if not isinstance(self.sinks, int) or self.sinks < 0:
             raise ValueError(f"sinks is {self.sinks!r}, must be a whole number of at least 0")
 
+    @property
+    def grain(self) -> int:
+        return self.block_size
+
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         j = k // self.block_size
         distance = q // self.block_size - j

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from heedful.ops.backends.tiled.tile import blind_rows
@@ -15,6 +17,7 @@ from heedful.patterns.pattern import Pattern
 from heedful.selection import FULL, BlockTable
 
 _TOGETHER = 2048  # keys up to which a row is one masked segment
+_APART = 512  # keys without a mask from which on they are a segment of their own
 _MASK_BYTES = 64 << 20  # masks kept with a plan; beyond that they are made anew in each pass
 
 
@@ -64,6 +67,36 @@ class Hidden(NamedTuple):
 
 
 @dataclass(eq=False)
+class Masks:
+    """The masks of the plans of one table, each kept once however many tiles it fits."""
+
+    _places: dict[tuple, Hidden] = field(default_factory=dict)
+    _alike: dict[tuple, Hidden] = field(default_factory=dict)
+    _bytes: int = 0
+
+    def get(self, place: tuple, look: Callable[[], Tensor], dtype: torch.dtype) -> Hidden:
+        """The mask of a place; `look` says which pairs (rows, columns) are visible there."""
+        found = self._places.get((place, dtype))
+        if found is not None:
+            return found
+        seen = look()
+        digest = blake2b(seen.to(torch.uint8).cpu().numpy().tobytes(), digest_size=16).digest()
+        content = (digest, seen.shape, dtype, seen.device)
+        found = self._alike.get(content)
+        if found is None:
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            mask = mask[None, None]
+            found = Hidden(mask, blind_rows(mask))
+            size = mask.numel() * mask.element_size()
+            if self._bytes + size > _MASK_BYTES:
+                return found
+            self._alike[content] = found
+            self._bytes += size
+        self._places[place, dtype] = found
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The walk for one group of heads (None: all of them) and batch rows (None: all)."""
 
@@ -72,37 +105,28 @@ class Plan:
     batch: tuple[int, ...] | None
     heads: tuple[int, ...] | None
     relative: bool
-    _masks: dict[tuple, Hidden] = field(default_factory=dict)
-    _bytes: int = 0
+    masks: Masks
 
     def hidden(self, row: Row, segment: Segment, dtype: torch.dtype, device: torch.device) -> Hidden | None:
         """What a tile of the row hides; None if nothing."""
         if not segment.masked or self.table.mask_fn is None:
             return None
         shift = row.start if self.relative else 0
-        key = (
-            row.start - shift,
-            row.stop - shift,
-            tuple((a - shift, b - shift) for a, b in segment.runs),
-            dtype,
-            device,
-        )
-        found = self._masks.get(key)
-        if found is None:
-            r = torch.arange(row.start, row.stop, device=device)[:, None]
-            b, h = (torch.tensor(0 if x is None else x[0], device=device) for x in (self.batch, self.heads))
-            columns = segment.columns(device)[None]
-            seen = self.table.mask_fn(b, h, r, columns).expand(r.shape[0], columns.shape[1]).clone()
-            for a, z in segment.clear:
-                seen[:, a:z] = True
-            mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-            mask = mask[None, None]
-            found = Hidden(mask, blind_rows(mask))
-            size = mask.numel() * mask.element_size()
-            if self._bytes + size <= _MASK_BYTES:
-                self._masks[key] = found
-                self._bytes += size
-        return found
+        runs = tuple((a - shift, b - shift) for a, b in segment.runs)
+        place = (self.batch, self.heads, row.start - shift, row.stop - shift, runs, device)
+        return self.masks.get(place, lambda: self._visible(row, segment, device), dtype)
+
+    def _visible(self, row: Row, segment: Segment, device: torch.device) -> Bool[Tensor, "rows columns"]:
+        assert self.table.mask_fn is not None
+        rows = torch.arange(row.start, row.stop, device=device)[:, None]
+        columns = segment.columns(device)
+        unclear = torch.ones_like(columns, dtype=torch.bool)
+        for a, z in segment.clear:
+            unclear[a:z] = False
+        b, h = (torch.tensor(0 if x is None else x[0], device=device) for x in (self.batch, self.heads))
+        seen = torch.ones(len(rows), len(columns), dtype=torch.bool, device=device)
+        seen[:, unclear] = self.table.mask_fn(b, h, rows, columns[unclear][None])
+        return seen
 
 
 def _rows(count: Tensor, index: Tensor, kind: Tensor, table: BlockTable) -> Iterator[Row]:
@@ -115,7 +139,7 @@ def _rows(count: Tensor, index: Tensor, kind: Tensor, table: BlockTable) -> Iter
         segments: tuple[Segment, ...]
         if not blocks:
             segments = ()
-        elif many * bk <= _TOGETHER:
+        elif many * bk <= _TOGETHER and (many == kinds.count(FULL) or kinds.count(FULL) * bk < _APART):
             at = [c for c, k in enumerate(kinds) if k == FULL]
             segments = (Segment(_runs(blocks, bk, m), len(at) < many, _runs(at, bk, many * bk)),)
         else:
@@ -123,7 +147,7 @@ def _rows(count: Tensor, index: Tensor, kind: Tensor, table: BlockTable) -> Iter
             partial = [j for j, k in zip(blocks, kinds, strict=True) if k != FULL]
             # A long run of full blocks is read in place; scattered ones are put together in pieces.
             segments = tuple(Segment((run,), False) for run in _runs(full, bk, m)) if full else ()
-            if len(segments) > 4:
+            if len(segments) > 4 or (segments and len(full) * bk < _APART * len(segments)):
                 segments = tuple(_pieces(full, bk, m, False))
             segments += tuple(_pieces(partial, bk, m, True))
         yield Row(i * bq, min((i + 1) * bq, n), segments)
@@ -151,13 +175,13 @@ def make_plans(table: BlockTable, relative: bool = False) -> list[Plan]:
     """One plan for each set of (batch row, head) pairs that share their part of the table."""
     count, index, kind = (t.cpu() for t in (table.count, table.index, table.kind))
     batch, heads = count.shape[:2]
+    masks = Masks()
     plans = []
     for b in range(batch):
         for h in range(heads):
             rows = tuple(_rows(count[b, h], index[b, h], kind[b, h], table))
-            plans.append(
-                Plan(table, rows, None if batch == 1 else (b,), None if heads == 1 else (h,), relative)
-            )
+            own = (None if batch == 1 else (b,), None if heads == 1 else (h,))
+            plans.append(Plan(table, rows, *own, relative, masks))
     return plans
 
 
@@ -166,8 +190,15 @@ def query_block(n: int, m: int) -> int:
     return 128 if n > 128 else max(16, n)
 
 
+def key_block(pattern: Pattern) -> int:
+    """Keys of a key block: where the pattern has blocks of its own, as many as fill none by half."""
+    grain = pattern.grain
+    return max((size for size in range(32, 129) if grain % size == 0), default=128)
+
+
 @lru_cache(maxsize=64)
 def pattern_plans(pattern: Pattern, n: int, m: int, offset: int) -> list[Plan]:
     """The plans of a pattern; kept, with their masks, because training repeats the same shapes."""
-    table = pattern.block_table(n, m, block_size=(query_block(n, m), 128), query_offset=offset)
+    size = (query_block(n, m), key_block(pattern))
+    table = pattern.block_table(n, m, block_size=size, query_offset=offset)
     return make_plans(table, pattern.relative)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful.ops.backends import reference
 from heedful.ops.backends.tiled import gather, tile, walk
-from heedful.ops.backends.tiled.plan import Plan, Row, Segment, make_plans, pattern_plans
+from heedful.ops.backends.tiled.plan import Masks, Plan, Row, Segment, make_plans, pattern_plans
 from heedful.ops.call import Call
 from heedful.patterns.pattern import Pattern
 from heedful.selection import FULL, BlockTable, TokenGroups
@@ -66,7 +66,7 @@ def _whole(n: int, m: int) -> list[Plan]:
     rows = tuple(Row(i, min(i + 512, n), (segment,)) for i in range(0, n, 512))
     zero = torch.zeros(1, 1, 1, dtype=torch.int64)
     table = BlockTable(zero, zero[..., None], zero[..., None].to(torch.uint8), (max(n, 1), max(m, 1)), (n, m))
-    return [Plan(table, rows, None, None, True)]
+    return [Plan(table, rows, None, None, True, Masks())]
 
 
 def _groups(call: Call, groups: TokenGroups) -> tuple[Tensor, Tensor]:
