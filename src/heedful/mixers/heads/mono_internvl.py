@@ -66,7 +66,7 @@ class ModalityExperts(nn.Module):
     complexity="O(N^2 C)",
 )
 class ModalityExpertLayer(Mixer):
-    """A decoder layer in which visual tokens have a feed-forward net, and if wanted projections, of their own.
+    """A decoder layer in which visual tokens have their own feed-forward net and, if wanted, projections.
 
         h = x + W_o attention(RMS(x) W_qkv),   y = h + FFN_m(RMS(h)),   m: text or visual
 
