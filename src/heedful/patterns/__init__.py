@@ -2,6 +2,7 @@
 
 from heedful.patterns.blocks import Blocks
 from heedful.patterns.causal import Causal
+from heedful.patterns.composite import Composite
 from heedful.patterns.documents import Documents
 from heedful.patterns.elastic_span import ElasticSpan
 from heedful.patterns.full import Full
@@ -26,6 +27,7 @@ from heedful.patterns.window import Window
 __all__ = [
     "Blocks",
     "Causal",
+    "Composite",
     "Documents",
     "ElasticSpan",
     "Full",
