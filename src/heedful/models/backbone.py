@@ -42,6 +42,11 @@ class Backbone(nn.Module, ABC):
         self.in_channels = in_channels
         self.features_only = features_only
 
+    @property
+    def width(self) -> int:
+        """Of the vector that the head sees; a model with layers between the last map and it says so."""
+        return self.channels[-1]
+
     @abstractmethod
     def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
         """The map after each stage, finest first."""
@@ -62,9 +67,8 @@ class Backbone(nn.Module, ABC):
         """A fresh head with this many outputs, 0 for none; the rest stays."""
         if self.features_only:
             raise ValueError("features_only is True, must be False for a model to have a head")
-        width = self.channels[-1] if isinstance(self.head, nn.Identity) else self.head.in_features
         like = next(self.parameters())
-        self.head = head(int(width), classes).to(like.device, like.dtype)  # type: ignore[arg-type]
+        self.head = head(self.width, classes).to(like.device, like.dtype)
         self.classes = classes
 
     def example_inputs(

@@ -114,6 +114,18 @@ class ConvMlp(nn.Module):
         return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
 
 
+class ResidualConvMlp(ConvMlp):
+    """fc2(h + DWConv3x3(h)), h = act(fc1(x)), on the channels of a map."""
+
+    def __init__(self, dim: int, hidden: int, *, act: Callable[[], nn.Module] = nn.GELU) -> None:
+        super().__init__(dim, hidden, act=act)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+
+    def forward(self, x: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height width"]:
+        hidden = self.act(self.fc1(x))
+        return self.fc2(hidden + self.dwconv(hidden))
+
+
 def resize_table(
     table: Float[Tensor, "... old c"], old: tuple[int, int], new: tuple[int, int], *, mode: str = "bicubic"
 ) -> Float[Tensor, "... new c"]:
