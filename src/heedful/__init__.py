@@ -21,6 +21,7 @@ _LAZY = {
 _ROOMS = (
     "authors",
     "bench",
+    "cache",
     "catalogue",
     "hf",
     "inspect",

@@ -14,10 +14,10 @@ from heedful.hf.attention import (
     Visibility,
     Visible,
     attention_forward,
+    keepers,
     use_pattern,
     visibility,
     visible_mask,
-    watchers,
 )
 from heedful.hf.tap import Handler, Site, tap
 
@@ -28,9 +28,9 @@ __all__ = [
     "Visibility",
     "Visible",
     "attention_forward",
+    "keepers",
     "tap",
     "use_pattern",
     "visibility",
     "visible_mask",
-    "watchers",
 ]

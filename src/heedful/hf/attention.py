@@ -219,19 +219,10 @@ def attention_forward(
                 f'{type(module).__name__} asks for {name}, which attention implementation "heedful" does not '
                 f'give; call model.set_attn_implementation("{instead}")'
             )
-    told = visibility(module, query, key, attention_mask, is_causal, position_bias)
-    if (watcher := watchers.pop(key, None)) is not None:
-        watcher(query, key, value, scaling, told)
+    told = visibility(module, query, key, attention_mask, is_causal, position_bias, scaling, value)
     out = attention(query, key, value, **told, scale=scaling, sink_logits=s_aux, dropout_p=dropout)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
-
-
-Watcher = Callable[[Tensor, Tensor, Tensor, float | None, "Visibility"], None]
-
-# Called once with (query, key, value, scale, visibility) when attention over these very keys is computed. A
-# cache that scores its entries puts itself here for the keys that its update returns.
-watchers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Visibility(TypedDict):
@@ -243,28 +234,39 @@ class Visibility(TypedDict):
     query_offset: int
 
 
+# A cache that is asked about the keys it has given puts a function here, under the tensor that its `update`
+# returns. It is called once, with (query, key, value, scale, visibility), when attention over these keys is
+# about to be computed: it may score its entries, and gives back who sees whom, because only it knows which
+# tokens it still has.
+Keeper = Callable[[Tensor, Tensor, Tensor, float, Visibility], Visibility]
+keepers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def visibility(
     module: nn.Module,
     query: Float[Tensor, "b hq n d"],
     key: Float[Tensor, "b hkv m d"],
     attention_mask: Visible | Tensor | None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
+    is_causal: bool | None,
+    position_bias: Tensor | None,
+    scaling: float | None,
+    value: Float[Tensor, "b hkv m e"],
 ) -> Visibility:
-    """What the model, and `use_pattern` where it is in force, let the queries of a call see."""
+    """What the model, the cache and `use_pattern` (where it is in force) let the queries of a call see."""
     n, m = query.shape[2], key.shape[2]
+    keeper = keepers.pop(key, None)
     pattern: Pattern | None = None
     key_mask, bias, offset, first = None, position_bias, m - n, 0
     if isinstance(attention_mask, Visible):
-        if attention_mask.shape[3] != m:
+        pattern, first = attention_mask.pattern, attention_mask.key_offset
+        if attention_mask.shape[3] == m:
+            offset = attention_mask.query_offset
+        elif keeper is None or not (
+            pattern is None or pattern.relative
+        ):  # else the last keys are the new tokens
             raise ValueError(
                 f"the mask is for {attention_mask.shape[3]} keys, must be for the {m} of the call"
             )
-        pattern, offset, first = (
-            attention_mask.pattern,
-            attention_mask.query_offset,
-            attention_mask.key_offset,
-        )
         if attention_mask.key_mask is not None:
             key_mask = attention_mask.key_mask.to(query.device)
         if attention_mask.table is not None:
@@ -279,7 +281,10 @@ def visibility(
     if chosen is not None and (narrow := chosen.of(module)) is not None:
         narrow = _shift(narrow, first)
         pattern = narrow if pattern is None else pattern & narrow
-    return Visibility(pattern=pattern, bias=bias, key_mask=key_mask, query_offset=offset)
+    told = Visibility(pattern=pattern, bias=bias, key_mask=key_mask, query_offset=offset)
+    if keeper is None:
+        return told
+    return keeper(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, told)
 
 
 def _shift(pattern: Pattern, by: int) -> Pattern:

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from heedful.hf.attention import Visibility, Visible, visibility, visible_mask, watchers
+from heedful.hf.attention import Visibility, Visible, visibility, visible_mask
 from heedful.ops.attention import attention
 
 NAME = "heedful-tap"
@@ -155,7 +155,7 @@ class _Tapped:
 
 
 _tapped: WeakKeyDictionary[nn.Module, _Tapped] = WeakKeyDictionary()
-_root: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+_root: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -227,10 +227,8 @@ def _forward(
     """The attention function (the interface is transformers' AttentionInterface)."""
     tapped = _tapped[_root[module]]
     name = tapped.names[module]
-    told = visibility(module, query, key, attention_mask, is_causal, position_bias)
+    told = visibility(module, query, key, attention_mask, is_causal, position_bias, scaling, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if (watcher := watchers.pop(key, None)) is not None:
-        watcher(query, key, value, scale, told)
     site = Site(
         module,
         name,
