@@ -26,8 +26,10 @@ class PolicyLayer(DynamicLayer):
     valid   (b, kept) or (b, hkv, kept), False = padding; None while no padding was seen
     """
 
+    keys: Tensor  # type: ignore[assignment]  # None before the first update
+    values: Tensor  # type: ignore[assignment]
     needs_queries = False  # whether `retain` looks at the queries of the call
-    rows = ("keys", "values", "valid")  # the tensors with the batch as their first axis
+    rows: tuple[str, ...] = ("keys", "values", "valid")  # the tensors with the batch as their first axis
 
     def __init__(self) -> None:
         super().__init__()
