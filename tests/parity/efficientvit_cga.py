@@ -1,10 +1,12 @@
-"""EfficientViT: cascaded group attention of a whole map, and in windows."""
+"""EfficientViT: cascaded group attention of a whole map and in windows, and the model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from heedful import authors
 from heedful.mixers.grid.efficientvit_cga import CascadedGroupAttention
+from heedful.models.efficientvit_cga import EfficientViT
 from tests.parity.harness import Tensors, adapter
 
 
@@ -17,7 +19,19 @@ def cga(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
         window=config.get("window_resolution", config["resolution"]),
         kernels=config["kernels"],
     )
-    params = {name.removeprefix("attn."): array for name, array in params.items()}
-    del params["attention_bias_idxs"]  # places in the table, which heedful computes
-    mixer.load_state_dict(params, strict=True)
-    return {"y": mixer.eval()(inputs["x"])}
+    return {"y": authors.load(mixer, params).eval()(inputs["x"])}
+
+
+@adapter("efficientvit-cga-model")
+def model(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
+    made = EfficientViT(
+        classes=config["num_classes"],
+        depths=config["depth"],
+        dims=config["embed_dim"],
+        heads=config["num_heads"],
+        key_dim=config["key_dim"][0],
+        kernels=config["kernels"],
+        window=config["window_size"][0],
+        image_size=config["img_size"],
+    )
+    return {"y": authors.load(made, params).eval()(inputs["x"])}
