@@ -3,6 +3,7 @@
 heedful.models.list()                                             # names, parameters, multiply-adds
 model = heedful.models.create("biformer_tiny", classes=10)        # (b, 3, height, width) -> (b, 10)
 pyramid = heedful.models.create("biformer_tiny", features_only=True)
+text = heedful.models.DecoderLM(1000, 64, mixers=3 * ["gated-deltanet"] + ["self-attention"])
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 _LAZY = {
     "Backbone": "heedful.models.backbone",
+    "DecoderLM": "heedful.models.decoder_lm",
+    "Encoder": "heedful.models.encoder",
     "create": "heedful.models.named",
     "find": "heedful.models.named",
     "list": "heedful.models.named",

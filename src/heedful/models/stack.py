@@ -246,7 +246,7 @@ class Stack(nn.Module):
 
 
 def cross_entropy(
-    logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None
+    logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None
 ) -> Float[Tensor, ""]:
     """The mean over tokens whose label counts; -100 and masked tokens do not, and none at all is 0."""
     if labels.shape != logits.shape[:2]:

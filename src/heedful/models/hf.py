@@ -1,0 +1,344 @@
+"""DecoderLM and Encoder behind transformers' Auto classes: `generate`, `Trainer` and `pipeline` work on them.
+
+    import heedful.models.hf
+    config = heedful.models.hf.DecoderLMConfig(vocab_size=1000, hidden_size=64, mixers="gated-deltanet")
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.generate(ids, attention_mask=mask, num_beams=4)
+
+Importing this module registers the classes. `DecoderLMForCausalLM.of(model)` and
+`EncoderForMaskedLM.of(model)` put a model that is there behind the interface; `.model` gives it back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        GenerationMixin,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers import initialization as init
+    from transformers.cache_utils import Cache
+    from transformers.modeling_outputs import (
+        BaseModelOutputWithPast,
+        CausalLMOutputWithPast,
+        MaskedLMOutput,
+        SequenceClassifierOutput,
+    )
+except ModuleNotFoundError as missing:
+    raise ImportError("heedful.models.hf needs transformers 5: pip install 'heedful[hf]'") from missing
+
+from heedful.models.decoder_lm import DecoderLM
+from heedful.models.encoder import Encoder
+from heedful.models.stack import Stack, StackState, cross_entropy
+
+# Names of transformers for the arguments of DecoderLM and Encoder.
+NAMES = {
+    "vocab_size": "vocabulary",
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "mixers": "mixers",
+    "num_attention_heads": "heads",
+    "rotary": "rotary",
+    "mlp": "mlp",
+    "intermediate_size": "hidden",
+    "norm": "norm",
+    "tie_word_embeddings": "tied",
+}
+
+
+class StackConfig(PreTrainedConfig):
+    """What `DecoderLM` and `Encoder` are built from, with transformers' names where it has one (`NAMES`)."""
+
+    __no_type_check__ = True  # transformers makes the constructor, which takes more than its signature says
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    mixers: Any = "self-attention"
+    num_attention_heads: int | None = 8
+    rotary: bool = True
+    mlp: str = "swiglu"
+    intermediate_size: int | None = None
+    norm: str = "rms"
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of the heedful model."""
+        return {ours: getattr(self, theirs) for theirs, ours in NAMES.items()}
+
+
+class DecoderLMConfig(StackConfig):
+    model_type = "heedful-decoder-lm"
+
+
+class EncoderConfig(StackConfig):
+    model_type = "heedful-encoder"
+
+
+class StateCache(Cache):
+    """The states of all layers where transformers expects a cache; `state` is None at the start."""
+
+    def __init__(self, state: StackState | None = None) -> None:
+        super().__init__(layers=[])
+        self.state = state
+
+    def __len__(self) -> int:
+        return 0 if self.state is None else len(self.state.layers)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self.state is None else self.state.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1  # no bound
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " b"]) -> None:
+        if self.state is not None:
+            self.state = self.state.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Int[Tensor, " b"]) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            rows = torch.arange(self.batch_size).repeat_interleave(repeats)
+            self.state = self.state.reorder(rows)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("crop is asked of a StateCache, which cannot forget its last tokens")
+
+    def reset(self) -> None:
+        self.state = None
+
+    @property
+    def batch_size(self) -> int:
+        assert self.state is not None
+        return next(
+            len(value)
+            for layer in self.state.layers
+            for value in vars(layer).values()
+            if isinstance(value, Tensor)
+        )
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state is not None
+
+
+class StackModel(PreTrainedModel):
+    """What the forms below share: one heedful model, in `.model`."""
+
+    config: StackConfig
+    base_model_prefix = "model"
+    made: type[Stack]
+    _is_stateful = True  # states cannot be cut back, so no assisted generation
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__(config)
+        with torch.device("cpu"):  # not on "meta", where `from_pretrained` builds: mixers may hold more than
+            self.model = self.made(**config.arguments())  # parameters, such as slopes and patterns
+        self.post_init()
+
+    @classmethod
+    def of(cls, model: Stack, **config: Any) -> Self:
+        """This form around a model that is there, whose parameters it shares."""
+        theirs = {theirs: model.config[ours] for theirs, ours in NAMES.items()}
+        form = cls(cls.config_class(**theirs, **config))  # type: ignore[misc, arg-type]
+        form.model = model
+        return form.train(model.training)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: heedful modules start as their papers say."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embedding = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.head = new_embeddings  # type: ignore[assignment]
+
+    def encode(
+        self, ids: Int[Tensor, "b n"], attention_mask: Shaped[Tensor, "b m"] | None, state: StackState | None
+    ) -> tuple[Float[Tensor, "b n c"], StackState | None]:
+        """`Stack.encode` with a mask as transformers gives it: of all tokens so far, not zero = a token."""
+        mask = None
+        if attention_mask is not None:
+            if attention_mask.ndim != 2:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, must be (batch, tokens)"
+                )
+            mask = attention_mask[:, -ids.shape[1] :].bool()
+            mask = None if mask.all() else mask
+        return self.model.encode(ids, mask=mask, state=state)
+
+
+class DecoderLMModel(StackModel):
+    """`DecoderLM` without logits, as AutoModel gives it."""
+
+    config_class = DecoderLMConfig
+    made = DecoderLM
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b n"],
+        attention_mask: Shaped[Tensor, "b m"] | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        hidden, cache = self.advance(input_ids, attention_mask, past_key_values, use_cache)
+        out = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return out if _as_dict(self, return_dict) else out.to_tuple()
+
+    def advance(
+        self,
+        ids: Int[Tensor, "b n"],
+        attention_mask: Shaped[Tensor, "b m"] | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+    ) -> tuple[Float[Tensor, "b n c"], StateCache | None]:
+        """The output for every token; a cache is moved on, and made if use_cache asks for it."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache:
+            cache = StateCache()
+        if cache is None:
+            return self.encode(ids, attention_mask, None)[0], None
+        if not isinstance(cache, StateCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}, must be a StateCache")
+        state = self.model.init_state(len(ids)) if cache.state is None else cache.state  # type: ignore[operator]
+        hidden, cache.state = self.encode(ids, attention_mask, state)
+        return hidden, cache
+
+
+class DecoderLMForCausalLM(DecoderLMModel, GenerationMixin):
+    """`DecoderLM` as transformers' causal language model; its cache holds the mixers' own states.
+
+    Raises ValueError, with use_cache, for mixers that do not decode step by step; use_cache=False generates
+    by full passes.
+    """
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `advance` makes a StateCache
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Int[Tensor, "b n"],
+        attention_mask: Shaped[Tensor, "b m"] | None = None,
+        past_key_values: Cache | None = None,
+        labels: Int[Tensor, "b n"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        hidden, cache = self.advance(input_ids, attention_mask, past_key_values, use_cache)
+        logits = self.model.logits(hidden[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits[:, :-1], labels[:, 1:])
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return out if _as_dict(self, return_dict) else out.to_tuple()
+
+
+class EncoderModel(StackModel):
+    """`Encoder` without logits, as AutoModel gives it."""
+
+    config_class = EncoderConfig
+    made = Encoder
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b n"],
+        attention_mask: Shaped[Tensor, "b n"] | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        out = BaseModelOutputWithPast(last_hidden_state=self.encode(input_ids, attention_mask, None)[0])
+        return out if _as_dict(self, return_dict) else out.to_tuple()
+
+
+class EncoderForMaskedLM(EncoderModel):
+    """`Encoder` with its logits for masked tokens."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Int[Tensor, "b n"],
+        attention_mask: Shaped[Tensor, "b n"] | None = None,
+        labels: Int[Tensor, "b n"] | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput | tuple[Any, ...]:
+        logits = self.model.logits(self.encode(input_ids, attention_mask, None)[0])
+        loss = None if labels is None else cross_entropy(logits, labels)
+        out = MaskedLMOutput(loss=loss, logits=logits)
+        return out if _as_dict(self, return_dict) else out.to_tuple()
+
+
+class EncoderForSequenceClassification(EncoderModel):
+    """`Encoder`, the mean over the tokens of a text, and a linear layer to `num_labels` classes."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, int(config.num_labels or 2))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is getattr(self, "classifier", None):  # absent from a checkpoint of the encoder alone
+            init.normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Int[Tensor, "b n"],
+        attention_mask: Shaped[Tensor, "b n"] | None = None,
+        labels: Int[Tensor, " b"] | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        hidden = self.encode(input_ids, attention_mask, None)[0]
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        weight = real.to(hidden.dtype)[..., None]
+        logits = self.classifier((hidden * weight).sum(1) / weight.sum(1).clamp(min=1))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        out = SequenceClassifierOutput(loss=loss, logits=logits)
+        return out if _as_dict(self, return_dict) else out.to_tuple()
+
+
+def _as_dict(model: PreTrainedModel, return_dict: bool | None) -> bool:
+    return bool(model.config.return_dict if return_dict is None else return_dict)
+
+
+AutoConfig.register(DecoderLMConfig.model_type, DecoderLMConfig)
+AutoConfig.register(EncoderConfig.model_type, EncoderConfig)
+AutoModel.register(DecoderLMConfig, DecoderLMModel)
+AutoModel.register(EncoderConfig, EncoderModel)
+AutoModelForCausalLM.register(DecoderLMConfig, DecoderLMForCausalLM)
+AutoModelForMaskedLM.register(EncoderConfig, EncoderForMaskedLM)
+AutoModelForSequenceClassification.register(EncoderConfig, EncoderForSequenceClassification)
