@@ -126,6 +126,14 @@ class ResidualConvMlp(ConvMlp):
         return self.fc2(hidden + self.dwconv(hidden))
 
 
+def init_linear(module: nn.Module) -> None:
+    """For `apply`: linear maps start at a normal of deviation 0.02, cut off, their biases at 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 def resize_table(
     table: Float[Tensor, "... old c"], old: tuple[int, int], new: tuple[int, int], *, mode: str = "bicubic"
 ) -> Float[Tensor, "... new c"]:
