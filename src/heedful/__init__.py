@@ -32,6 +32,7 @@ _ROOMS = (
     "patterns",
     "registry",
     "selection",
+    "steer",
     "testing",
 )
 

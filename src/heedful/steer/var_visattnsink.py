@@ -1,0 +1,157 @@
+"""Visual attention redistribution: attention that goes to empty image tokens is given to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from heedful.hf.tap import Site
+from heedful.registry import register
+from heedful.steer.intervention import Intervention, decoder_layers
+
+
+def sink_score(hidden: Float[Tensor, "b n c"], dims: Sequence[int]) -> Float[Tensor, "b n"]:
+    """How massive the activation of a token is in the given channels, in float32.
+
+        phi(x) = max_{d in dims} |x_d| / sqrt(mean(x^2) + 1e-6)
+
+    Source: arXiv 2503.03321.
+    """
+    x = hidden.float()
+    norm = (x.square().mean(-1) + 1e-6).sqrt()
+    return x[..., list(dims)].abs().amax(-1) / norm
+
+
+def find_sink_dims(hidden: Float[Tensor, "n c"], *, count: int = 2) -> list[int]:
+    """The channels in which the first token is most massive: those of its largest normalised activations."""
+    first = hidden[0].float()
+    return first.abs().topk(count).indices.tolist()
+
+
+def redistribute(
+    weights: Float[Tensor, "b h n m"],
+    image: Bool[Tensor, "b m"],
+    sinks: Bool[Tensor, "b m"],
+    *,
+    min_nonsink_ratio: float = 0.5,
+    min_image_share: float = 0.2,
+    keep: float = 0.6,
+) -> tuple[Float[Tensor, "b h n m"], Bool[Tensor, "b h n"]]:
+    """Move attention from sinks to the other image tokens, in rows that look at the image.
+
+        share = sum_{image sinks} a / sum_{image} (a + 1e-6)
+        chosen rows:  1 - share >= min_nonsink_ratio  and  sum_{image} a >= min_image_share
+        a'_j = keep a_j for sinks;   a'_j = a_j (1 + (1 - keep) sum_{sinks} a / sum_{image, no sink} a) on
+        the image
+
+    weights  attention weights; rows keep their sums
+    image    the image's tokens
+    sinks    sink tokens, those of the text among them
+
+    Gives the weights and which rows were chosen. A row whose image tokens are all sinks stays as it is.
+    Source: arXiv 2503.03321.
+    """
+    on_image, on_sink = image[:, None, None], sinks[:, None, None]
+    seen = weights.masked_fill(~on_image, 0.0)
+    image_sum = seen.sum(-1)
+    share = seen.masked_fill(~on_sink, 0.0).sum(-1) / (image_sum + 1e-6 * image.sum(-1)[:, None, None])
+    rest = seen.masked_fill(on_sink, 0.0)
+    rest_sum = rest.sum(-1, keepdim=True)
+    chosen = (share <= 1 - min_nonsink_ratio) & (image_sum >= min_image_share)
+    movable = chosen & (sinks & image).any(-1)[:, None, None] & (rest_sum[..., 0] > 0)
+    freed = (1 - keep) * weights.masked_fill(~on_sink, 0.0)
+    moved = (
+        weights
+        - freed
+        + freed.sum(-1, keepdim=True) * rest / rest_sum.clamp_min(torch.finfo(rest.dtype).tiny)
+    )
+    return torch.where(movable[..., None], moved, weights), chosen
+
+
+@register("visual-attention-redistribution", kind="steer", paper="var-visattnsink", tags=("image", "sink"))
+@dataclass(eq=False)
+class VisualAttentionRedistribution(Intervention):
+    """Takes attention of image-centric heads off sink tokens and gives it to the other image tokens.
+
+    Sinks are the prompt's tokens whose hidden state entering a layer is massive in `dims` (`sink_score` >
+    threshold). See `redistribute` for what happens to the weights of the text after the image and of
+    generated tokens.
+
+    keep               share of its weight that a sink keeps; 1: nothing changes
+    dims               channels of massive activations; None: the two largest of the first token, found layer
+    by layer threshold          tau, of the sink score min_nonsink_ratio  least share of a row's image
+    attention that must lie off sinks min_image_share    least attention that a row must pay to the image
+    first_layer        first layer with sinks skip_last_layer    whether the last layer is left alone image
+    (b, m) True at image tokens of the prompt; None: found by the model's image_token_id
+
+    Source: arXiv 2503.03321.
+    """
+
+    keep: float = 0.6
+    dims: Sequence[int] | None = None
+    threshold: float = 20.0
+    min_nonsink_ratio: float = 0.5
+    min_image_share: float = 0.2
+    first_layer: int = 2
+    skip_last_layer: bool = True
+    image: Bool[Tensor, "b m"] | None = None
+    _sinks: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # by layer, of the prompt
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.keep <= 1.0:
+            raise ValueError(f"keep is {self.keep!r}, must lie in [0, 1]")
+
+    @property
+    def idle(self) -> bool:
+        return self.keep == 1.0
+
+    def enter(self, model: PreTrainedModel, stack: ExitStack) -> None:
+        for layer, block in enumerate(decoder_layers(model)):
+            if self.first_layer <= layer < self.reading.layers - int(self.skip_last_layer):
+                hook = block.register_forward_pre_hook(partial(self._look, layer), with_kwargs=True)
+                stack.callback(hook.remove)
+
+    def forget(self) -> None:
+        self._sinks.clear()
+
+    def _look(self, layer: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """At the prompt: which tokens are sinks of this layer."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if layer in self._sinks:
+            return
+        if self.dims is not None:
+            self._sinks[layer] = sink_score(hidden, self.dims) > self.threshold
+        else:
+            self._sinks[layer] = torch.cat(
+                [sink_score(row[None], find_sink_dims(row)) > self.threshold for row in hidden]
+            )
+
+    def weights(self, site: Site, weights: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
+        sinks = self._sinks.get(site.layer)
+        if sinks is None:
+            return weights
+        m = weights.shape[-1]
+        image = (
+            self.image if self.image is not None else self.reading.of("image_token_id", "image_token_index")
+        )
+        image, sinks = (nn.functional.pad(x.to(weights.device), (0, m - x.shape[1])) for x in (image, sinks))
+        moved, _ = redistribute(
+            weights,
+            image,
+            sinks,
+            min_nonsink_ratio=self.min_nonsink_ratio,
+            min_image_share=self.min_image_share,
+            keep=self.keep,
+        )
+        place = torch.arange(m, device=weights.device)
+        last = torch.where(image, place, -1).amax(-1)  # of the image
+        after = place[m - weights.shape[2] :] > last[:, None]
+        return torch.where(after[:, None, :, None], moved, weights)
