@@ -11,7 +11,7 @@ from tests.parity.harness import Tensors, adapter
 
 
 def _inputs(config: Any, drawn: Tensors) -> Tensors:
-    """Five sinks, and 55 rows that look at the image: what the stated shapes of the outputs tell of the inputs."""
+    """Five sinks, and 55 rows that look at the image, as the stated shapes of the outputs have it."""
     hidden, attn = torch.ones_like(drawn["hidden"]), torch.zeros_like(drawn["attn"])
     hidden[:, [0, 2, 5, 7, 20], config["dim_sink"][0]] = 100.0
     rows = attn.view(-1, attn.shape[-1])
