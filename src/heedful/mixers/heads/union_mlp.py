@@ -1,0 +1,134 @@
+"""A feed-forward layer cut into experts, whose sum it is: every token goes to some of them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from heedful.checks import (
+    check_choice,
+    check_divides,
+    check_mask,
+    check_no_context,
+    check_positions,
+    check_positive,
+    check_tokens,
+)
+from heedful.mixers.mixer import Mixer
+from heedful.mixers.state import State
+from heedful.registry import register
+from heedful.routing.head_gate import load_balance
+from heedful.routing.switch_gate import SwitchGate
+
+SELECTIONS = ("strict", "paper")
+
+
+@register(
+    "union-mlp",
+    kind="sequence",
+    paper="uoe",
+    tags=("experts", "router", "mlp"),
+    aliases=("uome", "union-of-mlp-experts"),
+    causal="always",
+    decode=True,
+    complexity="O(N C hidden topk / experts)",
+)
+class UnionMLP(Mixer):
+    """A two-layer perceptron whose hidden channels are cut into experts, some of which take each token.
+
+        y_t = sum over the experts e of t of gelu(x_t W1_e + b1_e) W2_e + b2_e
+
+    With every token at every expert this is the whole perceptron, its last bias the sum of the b2_e.
+
+    dim          channels
+    hidden       hidden channels of all experts; None: 4 dim
+    experts      a divisor of `hidden`
+    topk         experts that a token goes to
+    selection    "strict": a token's experts depend on that token alone. "paper": as published, an expert
+                 takes half of the tokens of each row (`SwitchGate.published`), so the choice sees the future
+                 and the other rows; the attribute `causal` is then False, there is no state, and a mask is
+                 refused
+    gate_output  multiply what an expert gives by the token's probability of it, which trains the gate; the
+                 authors do not, and the gate then learns from the auxiliary loss alone
+    dropout      share of the outputs dropped in training
+
+    In training aux_losses["load_balance"] tells how unevenly the experts are used. Nothing mixes tokens, so
+    that the state is a count; `positions` have no effect. Raises ValueError if experts do not divide hidden,
+    on wrong shapes, and for a context. Source: Union of Experts, arXiv 2503.02495.
+    """
+
+    example: ClassVar[dict[str, Any]] = {"dim": 16, "experts": 4}
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        hidden: int | None = None,
+        experts: int = 4,
+        topk: int = 2,
+        selection: str = "strict",
+        gate_output: bool = False,
+        dropout: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim)
+        hidden = 4 * dim if hidden is None else hidden
+        check_positive("hidden", hidden)
+        check_divides("experts", experts, "hidden", hidden)
+        check_choice("selection", selection, SELECTIONS)
+        self.experts, self.selection, self.causal = experts, selection, selection == "strict"
+        self.gate_output, self.dropout = gate_output, dropout
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.gate = SwitchGate(dim, experts=experts, topk=topk, **factory)
+        width = hidden // experts
+        self.inner = nn.Parameter(torch.empty(experts, dim, width, **factory))
+        self.inner_bias = nn.Parameter(torch.zeros(experts, width, **factory))
+        self.outer = nn.Parameter(torch.empty(experts, width, dim, **factory))
+        self.outer_bias = nn.Parameter(torch.zeros(experts, dim, **factory))
+        for matrix in (*self.inner.detach(), *self.outer.detach()):
+            nn.init.xavier_normal_(matrix)
+
+    def init_state(self, batch: int) -> State:
+        """The state before the first token of `batch` sequences."""
+        if not self.causal:
+            raise ValueError("selection is 'paper', must be 'strict' to decode: it reads later tokens")
+        return State()
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        *,
+        context: Float[Tensor, "b m c"] | None = None,
+        mask: Bool[Tensor, "b n"] | None = None,
+        context_mask: Bool[Tensor, "b m"] | None = None,
+        positions: Shaped[Tensor, "*rows n"] | None = None,
+        state: State | None = None,
+    ) -> Float[Tensor, "b n c"] | tuple[Float[Tensor, "b n c"], State]:
+        check_tokens("x", x, self.dim)
+        check_no_context(context, context_mask)
+        check_mask("mask", mask, x.shape[0], x.shape[1])
+        check_positions("positions", positions, x.shape[0], x.shape[1])
+        # 1. Each token's experts.
+        s, taken = self.gate(x)
+        self.aux_losses = {"load_balance": load_balance(s, taken, mask)} if self.training else {}
+        if self.selection == "paper":
+            for name, given in (("mask", mask), ("state", state)):
+                if given is not None:
+                    raise ValueError(f"{name} is given, must be None with selection='paper'")
+            _, taken = self.gate.published(x, length=x.shape[1] // 2)
+        # 2. Each expert on its tokens; the results are added where they came from.
+        flat, sums = x.flatten(0, 1), []
+        for e in range(self.experts):
+            rows = taken[..., e].flatten().nonzero()[:, 0]
+            inner = F.gelu(F.linear(flat[rows], self.inner[e].T, self.inner_bias[e]))
+            y = F.linear(inner, self.outer[e].T, self.outer_bias[e])
+            if self.gate_output:
+                y = y * s[..., e].flatten()[rows, None].to(y.dtype)
+            sums.append(y.new_zeros(flat.shape).index_copy(0, rows, y))
+        y = torch.dropout(torch.stack(sums).sum(0).view_as(x), self.dropout, self.training)
+        return y if state is None else (y, State(state.length + x.shape[1]))

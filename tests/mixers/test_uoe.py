@@ -1,0 +1,236 @@
+"""Union of Experts: attention and perceptron in loops, the whole layers they are cut from, the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from heedful.mixers.heads.selective_multi_head_attention import SelectiveMultiHeadAttention
+from heedful.mixers.heads.self_attention import SelfAttention
+from heedful.mixers.heads.union_mlp import UnionMLP
+from heedful.routing.head_gate import load_balance
+from heedful.routing.switch_gate import SwitchGate
+
+
+def attention(**options):
+    mixer = SelectiveMultiHeadAttention(
+        12, **{"heads": 3, "topk": 2, "dropout": 0.0, "dtype": torch.float64, **options}
+    )
+    torch.nn.init.normal_(mixer.out_bias)
+    torch.nn.init.normal_(mixer.kv.bias)
+    return mixer
+
+
+def perceptron(**options):
+    mixer = UnionMLP(5, **{"hidden": 12, "experts": 4, "dropout": 0.0, "dtype": torch.float64, **options})
+    torch.nn.init.normal_(mixer.inner_bias)
+    torch.nn.init.normal_(mixer.outer_bias)
+    return mixer
+
+
+def assert_same_with_gradients(x, parameters, ours, expected):
+    torch.testing.assert_close(ours, expected)
+    weight = torch.randn_like(ours)
+    leaves = [x, *parameters]
+    torch.testing.assert_close(
+        torch.autograd.grad((ours * weight).sum(), leaves, materialize_grads=True, allow_unused=True),
+        torch.autograd.grad((expected * weight).sum(), leaves, materialize_grads=True, allow_unused=True),
+    )
+
+
+def best(gate, token):
+    """Probabilities of a token and the numbers of its experts."""
+    s = (gate.linear.weight @ token + gate.linear.bias).exp()
+    s = s / s.sum()
+    return s, sorted(range(len(s)), key=lambda e: -s[e])[: gate.topk]
+
+
+def turned(z, place, base):
+    d = len(z)
+    angle = place * base ** (-torch.arange(0, d, 2, dtype=z.dtype) / d)
+    u, v = z[: d // 2], z[d // 2 :]
+    return torch.cat([u * angle.cos() - v * angle.sin(), v * angle.cos() + u * angle.sin()])
+
+
+def literal_attention(mixer, row, lists, gates=None):
+    """lists: for each head its tokens, ascending."""
+    d, base = mixer.head_dim, mixer.rotary_base
+    y = [torch.zeros_like(token) for token in row]
+    for e, tokens in enumerate(lists):
+        own = slice(e * d, (e + 1) * d)
+        kv = slice(2 * e * d, 2 * (e + 1) * d)
+        queries, keys, values = [], [], []
+        for place, t in enumerate(tokens):
+            q = mixer.query.weight[own] @ row[t] + mixer.query.bias[own]
+            k, v = (mixer.kv.weight[kv] @ row[t] + mixer.kv.bias[kv]).split(d)
+            queries.append(turned(q, place, base))
+            keys.append(turned(k, place, base))
+            values.append(v)
+        for place, t in enumerate(tokens):
+            weight = [(queries[place] @ k / d**0.5).exp() for k in keys[: place + 1]]
+            o = sum(w * v for w, v in zip(weight, values, strict=False)) / sum(weight)
+            out = o @ mixer.out[e] + mixer.out_bias[e]
+            y[t] = y[t] + (out if gates is None else gates[t][e] * out)
+    return torch.stack(y)
+
+
+@pytest.mark.parametrize("gate_output", [False, True])
+def test_attention_equals_the_card_with_strict_choices(gate_output):
+    mixer = attention(gate_output=gate_output, rotary_base=30.0)
+    x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True] * 7, [False, True, True, False, True, True, True]])
+    rows = []
+    for row, shown in zip(x, mask, strict=True):
+        choices = [best(mixer.gate, token) for token in row]
+        lists = [[t for t in range(7) if shown[t] and e in choices[t][1]] for e in range(3)]
+        rows.append(literal_attention(mixer, row, lists, [s for s, _ in choices] if gate_output else None))
+    ours = mixer(x, mask=mask)
+    assert_same_with_gradients(x, mixer.parameters(), ours[mask], torch.stack(rows)[mask])
+
+
+def literal_published(gate, x, length):
+    """r (b, n, e) and, row by row and expert by expert, the tokens with the largest r."""
+    b, n, _ = x.shape
+    s = torch.zeros(b, n, gate.linear.out_features, dtype=x.dtype)
+    for i in range(b):
+        for t in range(n):
+            p, experts = best(gate, x[i, t])
+            s[i, t, experts] = p[experts]
+    r = torch.stack([s[i] / (sum(s) + 1e-8) * b for i in range(b)])
+    length = int((r > 0).sum(1).max()) if length is None else length
+    lists = [
+        [sorted(sorted(range(n), key=lambda t: -r[i, t, e])[:length]) for e in range(s.shape[2])]
+        for i in range(b)
+    ]
+    return r, lists
+
+
+def test_attention_equals_the_card_with_published_choices():
+    mixer = attention(selection="paper")
+    x = torch.randn(3, 8, 12, dtype=torch.float64, requires_grad=True)
+    # Which tokens fill a list up is arbitrary; here as many as the shortest list is long.
+    short = int((mixer.gate.published(x)[0] > 0).sum(1).min())
+    published = mixer.gate.published
+    mixer.gate.published = lambda x: published(x, length=short)
+    r, lists = literal_published(mixer.gate, x, short)
+    torch.testing.assert_close(published(x)[0], r)
+    expected = torch.stack([literal_attention(mixer, row, of) for row, of in zip(x, lists, strict=True)])
+    assert_same_with_gradients(x, [mixer.out, mixer.kv.weight], mixer(x), expected)
+
+
+def test_published_lists_are_as_long_as_the_fullest():
+    gate = SwitchGate(5, experts=4, topk=2, dtype=torch.float64)
+    r, selected = gate.published(torch.randn(3, 9, 5, dtype=torch.float64))
+    counts = (r > 0).sum(1)
+    assert (selected.sum(1) == counts.max()).all()
+    assert (selected | ~(r > 0)).all()  # nobody who was chosen is left out
+    torch.testing.assert_close(r.sum(0)[r.sum(0) > 0], torch.full_like(r.sum(0)[r.sum(0) > 0], 3.0))
+
+
+def test_all_heads_for_all_tokens_are_multi_head_attention():
+    mixer = attention(topk=3)
+    plain = SelfAttention(12, heads=3, causal=True, rotary=True, dtype=torch.float64)
+    k, v = (w.flatten(0, 1) for w in mixer.kv.weight.unflatten(0, (3, 2, 4)).unbind(1))
+    kb, vb = (w.flatten() for w in mixer.kv.bias.unflatten(0, (3, 2, 4)).unbind(1))
+    plain.load_state_dict(
+        {
+            "query.weight": mixer.query.weight,
+            "query.bias": mixer.query.bias,
+            "key.weight": k,
+            "key.bias": kb,
+            "value.weight": v,
+            "value.bias": vb,
+            "out.weight": mixer.out.flatten(0, 1).T,
+            "out.bias": mixer.out_bias.sum(0),
+        }
+    )
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x), plain(x))
+    mixer.selection = "paper"
+    torch.testing.assert_close(mixer(x), plain(x))
+
+
+def test_decoding_keeps_the_chosen_heads_alone():
+    mixer = attention()
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    state, pieces = mixer.init_state(2), []
+    for part in x.split((3, 1, 1, 4), 1):
+        y, state = mixer(part, state=state)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), mixer(x))
+    assert state.nbytes() == 2 * 9 * (2 * 2 * 4 * 8 + 2 * 2)  # k and v of 2 heads, and their names
+
+
+@pytest.mark.parametrize("gate_output", [False, True])
+def test_perceptron_equals_the_card(gate_output):
+    mixer = perceptron(gate_output=gate_output)
+    x = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
+    rows = []
+    for token in x.flatten(0, 1):
+        s, experts = best(mixer.gate, token)
+        y = torch.zeros(5, dtype=torch.float64)
+        for e in experts:
+            out = F.gelu(token @ mixer.inner[e] + mixer.inner_bias[e]) @ mixer.outer[e] + mixer.outer_bias[e]
+            y = y + (s[e] * out if gate_output else out)
+        rows.append(y)
+    expected = torch.stack(rows).view(2, 6, 5)
+    assert_same_with_gradients(x, mixer.parameters(), mixer(x), expected)
+
+
+def test_all_experts_are_the_whole_perceptron():
+    mixer = perceptron(topk=4)
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    inner = F.gelu(x @ torch.cat([*mixer.inner], 1) + mixer.inner_bias.flatten())
+    torch.testing.assert_close(mixer(x), inner @ mixer.outer.flatten(0, 1) + mixer.outer_bias.sum(0))
+
+
+def test_published_experts_take_half_of_the_tokens():
+    mixer = perceptron(selection="paper", topk=3)
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    _, lists = literal_published(mixer.gate, x, 3)
+    expected = torch.zeros_like(x)
+    for i, of_row in enumerate(lists):
+        for e, tokens in enumerate(of_row):
+            for t in tokens:
+                inner = F.gelu(x[i, t] @ mixer.inner[e] + mixer.inner_bias[e])
+                expected[i, t] += inner @ mixer.outer[e] + mixer.outer_bias[e]
+    torch.testing.assert_close(mixer(x), expected)
+
+
+def test_losses_train_the_gate():
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    for mixer in (attention(), attention(selection="paper")):
+        mixer(x)
+        loss = mixer.aux_losses["load_balance"]
+        torch.testing.assert_close(loss, load_balance(*mixer.gate(x)))
+        assert torch.autograd.grad(loss, mixer.gate.linear.weight)[0].abs().sum() > 0
+        mixer.eval()(x)
+        assert mixer.aux_losses == {}
+
+
+def test_parameters():
+    def count(mixer):
+        return sum(p.numel() for p in mixer.parameters())
+
+    heads, dim = 10, 400  # of the published language models
+    smha = SelectiveMultiHeadAttention(dim, heads=heads, device="meta")
+    assert count(smha) == 4 * dim * dim + 3 * dim + heads * dim + heads * dim + heads
+    uome = UnionMLP(dim, hidden=2100, device="meta")
+    assert count(uome) == 2 * dim * 2100 + 2100 + 4 * dim + 4 * dim + 4
+
+
+@pytest.mark.door
+def test_door():
+    with pytest.raises(ValueError, match="topk is 4, must be at most 3"):
+        attention(topk=4)
+    with pytest.raises(ValueError, match="heads is 4, must leave an even number"):
+        attention(heads=4)
+    with pytest.raises(ValueError, match="experts is 5, must divide hidden"):
+        perceptron(experts=5)
+    for mixer in (attention(selection="paper"), perceptron(selection="paper")):
+        x = torch.zeros(1, 3, mixer.dim, dtype=torch.float64)
+        with pytest.raises(ValueError, match="selection is 'paper', must be 'strict' to decode"):
+            mixer.init_state(1)
+        with pytest.raises(ValueError, match="mask is given, must be None with selection='paper'"):
+            mixer(x, mask=torch.ones(1, 3, dtype=torch.bool))
