@@ -12,6 +12,8 @@ torch.compile cannot trace the checks.
 from __future__ import annotations
 
 import os
+import sys
+import types
 
 import hypothesis
 import jaxtyping
@@ -29,6 +31,9 @@ if SHAPES_CHECKED:
 if not torch.cuda.is_available():
     # Triton decides when it is first imported whether its kernels are interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The binary of torchvision may not fit a CPU build of torch; timm needs none of what it would register.
+sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
 
 torch.set_num_threads(1)  # tests are small, and pytest-xdist has one worker a core
 

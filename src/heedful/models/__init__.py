@@ -20,6 +20,7 @@ _LAZY = {
     "list": "heedful.models.named",
     "multiply_adds": "heedful.models.count",
     "parameters": "heedful.models.count",
+    "replace_attention": "heedful.models.replace",
 }
 
 __all__ = [*_LAZY]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def find(name: str) -> Named:
     raise ValueError(f"no model is called {name!r}; {hint}")
 
 
-def list(*, family: str | None = None) -> list[Named]:
+def list(*, family: str | None = None) -> Sequence[Named]:
     """All named configurations, by name; of one family where asked."""
     return [named for _, named in sorted(_table().items()) if family in (None, named.family)]
 
