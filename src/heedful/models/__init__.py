@@ -13,6 +13,7 @@ from typing import Any
 
 _LAZY = {
     "Backbone": "heedful.models.backbone",
+    "BlockTransformer": "heedful.models.block_transformer",
     "DecoderLM": "heedful.models.decoder_lm",
     "Encoder": "heedful.models.encoder",
     "create": "heedful.models.named",
