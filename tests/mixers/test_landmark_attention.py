@@ -143,6 +143,41 @@ def test_blockwise_form_equals_the_dense_one(monkeypatch, chunk, masked, n):
         torch.testing.assert_close(grad, want)
 
 
+@pytest.mark.parametrize("retrieve", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n", [41, 9])
+def test_fetched_blocks_are_the_only_ones_there(monkeypatch, retrieve, masked, n):
+    """Each row is that of `weights_by_hand` once the blocks it does not fetch are taken out."""
+    monkeypatch.setattr(landmark, "_CHUNK", 1)
+    m, block_size = 41, 4
+    q, k, v = (torch.randn(1, 2, t, 3, dtype=F64, requires_grad=True) for t in (n, m, m))
+    mask = torch.ones(1, m, dtype=torch.bool)
+    if masked:
+        mask[:] = torch.rand(1, m) < 0.7
+        mask[0, 5:9], mask[0, 9] = False, True  # a whole block but for its landmark
+    given = mask if masked else None
+    ours = landmark_attention(q, k, v, block_size=block_size, retrieve=retrieve, key_mask=given)
+    is_landmark = regular(m, block_size)
+    rows = []
+    for head in range(2):
+        for i in range(n):
+            score = q[0, head, i] @ k[0, head].mT / math.sqrt(3)
+            at = i + m - n
+            marks = [j for j in range(at) if is_landmark[j] and mask[0, j - block_size : j].any()]
+            best = sorted(marks, key=lambda j: -score[j].item())[:retrieve]
+            keep = [j for j in range(at + 1) if any(b - block_size <= j <= b for b in best)]
+            keep += [j for j in range(at // (block_size + 1) * (block_size + 1), at + 1)]
+            seen = mask[0, keep] | is_landmark[keep]
+            weights = weights_by_hand(score[None, keep], is_landmark[keep], seen if masked else None)
+            rows.append(weights[0] @ v[0, head, keep])
+    expected = torch.stack(rows).view(1, 2, n, 3)
+    torch.testing.assert_close(ours, expected)
+    weight = torch.randn_like(ours)
+    grads = torch.autograd.grad((ours * weight).sum(), (q, k, v))
+    for grad, want in zip(grads, torch.autograd.grad((expected * weight).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(grad, want)
+
+
 def test_no_score_matrix_is_kept_for_the_backward_pass(monkeypatch):
     monkeypatch.setattr(landmark, "_CHUNK", 1)
     kept = []
@@ -218,11 +253,11 @@ def test_mixer_on_a_sequence_that_holds_its_landmarks():
     torch.testing.assert_close(mixer(x), full_pass(mixer, x, regular(14, 4)))
 
 
-@pytest.mark.parametrize("insert", [True, False])
+@pytest.mark.parametrize("options", [{}, {"insert": False}, {"retrieve": 2}])
 @pytest.mark.parametrize("cuts", [(1,) * 14, (4, 1, 9), (5, 0, 3, 6), (14,)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_pieces_equal_the_whole(insert, cuts, masked):
-    mixer = build(insert=insert)
+def test_pieces_equal_the_whole(options, cuts, masked):
+    mixer = build(**options)
     x = torch.randn(2, 14, 16, dtype=F64)
     mask = torch.rand(2, 14) < 0.6
     state, pieces, place = mixer.init_state(2), [], 0
@@ -367,6 +402,8 @@ def test_memory_states_reorder():
 def test_door():
     with pytest.raises(ValueError, match="block_size is 0"):
         LandmarkAttention(16, block_size=0)
+    with pytest.raises(ValueError, match="retrieve is 0"):
+        LandmarkAttention(16, retrieve=0)
     with pytest.raises(ValueError, match="dim / heads is 3"):
         LandmarkAttention(12, heads=4)
     with pytest.raises(ValueError, match="topk is -1"):

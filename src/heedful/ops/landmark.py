@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +14,7 @@ from heedful.checks import check_mask, check_positive
 from heedful.ops.attention import attention, merge_partials
 from heedful.patterns.blocks import Blocks
 from heedful.patterns.causal import Causal
+from heedful.routing.spans import span_groups
 
 _CHUNK = 1 << 23  # scores with past blocks held in one go
 
@@ -68,6 +70,7 @@ def landmark_attention(
     value: Float[Tensor, "b h m e"],
     *,
     block_size: int,
+    retrieve: int | None = None,
     key_mask: Bool[Tensor, "b m"] | None = None,
     query_offset: int | None = None,
     dropout_p: float = 0.0,
@@ -79,15 +82,19 @@ def landmark_attention(
               sum_b softmax_b(q . landmark_b) * sum_j softmax_j in b(q . k_j) v_j
 
     block_size    tokens of a block; its landmark comes behind them: keys block_size, 2 block_size + 1 ...
+    retrieve      past blocks that a query of a head sees, those with the largest q . landmark; None: all. The
+                  choice passes no gradient
     key_mask      True = may be seen; a block none of whose tokens may be seen hides its landmark
     query_offset  key position of query 0; defaults to m - n
     return_lse    also the log-sum-exp over the own block and the landmarks
 
-    Scores are scaled by d ** -0.5. The cost is O(n m); scores are held for a few rows at a time, and
-    computed anew in the backward pass.
+    Scores are scaled by d ** -0.5. The cost is O(n m) without `retrieve`; scores are held for a few rows at a
+    time, and computed anew in the backward pass.
     Source: Landmark Attention, arXiv 2305.16300.
     """
     check_positive("block_size", block_size)
+    if retrieve is not None:
+        check_positive("retrieve", retrieve)
     b, h, n, _ = query.shape
     m, length = key.shape[2], block_size + 1
     check_mask("key_mask", key_mask, b, m)
@@ -109,12 +116,83 @@ def landmark_attention(
         return_lse=True,
     )
     parts = [own]
-    if (count := (offset + n - 1) // length) > 0:
+    count = (offset + n - 1) // length  # blocks that the last query may see
+    if retrieve is not None and retrieve < count:
+        marks = key[:, :, length - 1 : count * length : length]
+        may = ordinary[:, : count * length].unflatten(1, (count, length)).any(-1)
+        chosen = best_blocks(query, marks, retrieve, length, query_offset=offset, block_mask=may)
+        parts += _fetched_blocks(query, key, value, marks, chosen, ordinary, length, dropout_p)
+    elif count > 0:
         keys, values = (x[:, :, : count * length].unflatten(2, (count, length)) for x in (key, value))
         tokens = None if key_mask is None else key_mask[:, : count * length].unflatten(1, (count, length))
         parts.append(_past_blocks(query, keys, values, tokens, offset, dropout_p))
     out, lse = merge_partials(parts)  # type: ignore[arg-type]
     return (out, lse) if return_lse else out
+
+
+@torch.no_grad()
+def best_blocks(
+    query: Float[Tensor, "b h n d"],
+    landmark: Float[Tensor, "b h k d"],
+    keep: int,
+    length: int,
+    *,
+    query_offset: int = 0,
+    block_mask: Bool[Tensor, "b k"] | None = None,
+) -> Int[Tensor, "b h n keep"]:
+    """The `keep` blocks with the largest q . landmark among those that end before the query; -1: no more."""
+    b, h, n, _ = query.shape
+    count = landmark.shape[2]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    place = torch.arange(count, device=query.device)
+    rows = max(16, _CHUNK // max(1, b * h * count))
+    parts = []
+    for start in range(0, n, rows):
+        part = query[:, :, start : start + rows]
+        position = torch.arange(start, start + part.shape[2], device=query.device) + query_offset
+        seen = place < (position // length)[:, None]
+        if block_mask is not None:
+            seen = seen & block_mask[:, None, None]
+        scores = (part.to(wide) @ landmark.to(wide).mT).masked_fill(~seen, -torch.inf)
+        best = scores.topk(keep, dim=-1)
+        parts.append(best.indices.masked_fill(best.values == -torch.inf, -1))
+    return torch.cat(parts, 2)
+
+
+def _fetched_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmark: Tensor,
+    chosen: Tensor,
+    mask: Tensor,
+    length: int,
+    dropout_p: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """(out, score of the landmark) over each of the chosen blocks (b, h, n, keep)."""
+    n, keep = chosen.shape[2:]
+    none = chosen < 0
+    first = chosen.clamp(min=0) * length
+    last = torch.where(none, -1, first + length - 2)
+    # A query stands once for each of its blocks; queries of one block make up a group.
+    groups = span_groups(first.flatten(2), last.flatten(2), key.shape[2], tile=length, rows=64)
+    if not torch.compiler.is_compiling():
+        groups = replace(groups, mask_fn=None)  # a group's queries see all of its keys
+    out = attention(
+        query.repeat_interleave(keep, dim=2),
+        key,
+        value,
+        pattern=groups,
+        key_mask=mask,
+        dropout_p=dropout_p,
+    )
+    wide = torch.promote_types(query.dtype, torch.float32)
+    parts = []
+    for i, one in enumerate(out.unflatten(2, (n, keep)).unbind(3)):
+        where = chosen[..., i, None].clamp(min=0).expand(-1, -1, -1, landmark.shape[-1])
+        score = (query.to(wide) * landmark.gather(2, where).to(wide)).sum(-1) * query.shape[-1] ** -0.5
+        parts.append((one, score.masked_fill(none[..., i], -torch.inf)))
+    return parts
 
 
 def _past_blocks(

@@ -50,6 +50,9 @@ class LandmarkAttention(Mixer):
     insert      True: landmarks, one learned vector, are put in behind every block and taken out of y again.
                 False: x holds them already, as every (block_size + 1)-th token, and y too. A stack of
                 layers needs this form: only in a layer above can a landmark know what its block says
+    retrieve    past blocks that a query of a head sees: those with the largest q . k of their landmarks, the
+                only ones in P. The authors train with all of them (None), at the cost of dense attention, and
+                fetch a few once trained. The choice passes no gradient
     dropout     share of the attention weights dropped in training
 
     forward: mask (b, n) hides tokens as keys, and a wholly hidden block with its landmark; positions (n) or
@@ -68,6 +71,7 @@ class LandmarkAttention(Mixer):
         heads: int = 8,
         block_size: int = 50,
         insert: bool = True,
+        retrieve: int | None = None,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -75,10 +79,13 @@ class LandmarkAttention(Mixer):
         super().__init__(dim)
         check_divides("heads", heads, "dim", dim)
         check_positive("block_size", block_size)
+        if retrieve is not None:
+            check_positive("retrieve", retrieve)
         if dim // heads % 2:
             raise ValueError(f"dim / heads is {dim // heads}, must be even for the rotary embedding")
         self.heads, self.head_dim = heads, dim // heads
-        self.block_size, self.insert, self.dropout = block_size, insert, dropout
+        self.block_size, self.insert = block_size, insert
+        self.retrieve, self.dropout = retrieve, dropout
         self.query = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
         self.key = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
         self.value = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
@@ -128,7 +135,13 @@ class LandmarkAttention(Mixer):
             key, value, seen = state.key, state.value, state.mask
         dropout = self.dropout if self.training else 0.0
         heads = landmark_attention(
-            query, key, value, block_size=self.block_size, key_mask=seen, dropout_p=dropout
+            query,
+            key,
+            value,
+            block_size=self.block_size,
+            retrieve=self.retrieve,
+            key_mask=seen,
+            dropout_p=dropout,
         )
         y = self.out(rearrange(heads, "b h n d -> b n (h d)"))
         y = y[:, self.places(start, new, y.device)] if self.insert else y

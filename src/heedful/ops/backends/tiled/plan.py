@@ -18,6 +18,7 @@ from heedful.selection import FULL, BlockTable
 
 _TOGETHER = 2048  # keys up to which a row is one masked segment
 _APART = 512  # keys without a mask from which on they are a segment of their own
+_LONG = 4096  # keys of a row from which on query blocks are larger: each pass over the keys costs
 _MASK_BYTES = 64 << 20  # masks kept with a plan; beyond that they are made anew in each pass
 
 
@@ -185,11 +186,6 @@ def make_plans(table: BlockTable, relative: bool = False) -> list[Plan]:
     return plans
 
 
-def query_block(n: int, m: int) -> int:
-    """Rows of a query block: small blocks waste less at the edges of a pattern, large ones are fewer."""
-    return 128 if n > 128 else max(16, n)
-
-
 def key_block(pattern: Pattern) -> int:
     """Keys of a key block: where the pattern has blocks of its own, as many as fill none by half."""
     grain = pattern.grain
@@ -199,6 +195,9 @@ def key_block(pattern: Pattern) -> int:
 @lru_cache(maxsize=64)
 def pattern_plans(pattern: Pattern, n: int, m: int, offset: int) -> list[Plan]:
     """The plans of a pattern; kept, with their masks, because training repeats the same shapes."""
-    size = (query_block(n, m), key_block(pattern))
+    # Small query blocks waste less at the edges of a pattern; large ones are fewer.
+    size = (min(max(n, 16), 128), key_block(pattern))
     table = pattern.block_table(n, m, block_size=size, query_offset=offset)
+    if table.visited() * m > _LONG:
+        table = pattern.block_table(n, m, block_size=(min(n, 512), size[1]), query_offset=offset)
     return make_plans(table, pattern.relative)
