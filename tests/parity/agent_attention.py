@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from heedful.authors import load
 from heedful.mixers.grid.agent_attention import (
     AgentAttention,
@@ -12,6 +15,9 @@ from heedful.mixers.grid.agent_attention import (
     AgentCore,
     in_stripes,
 )
+from heedful.ops.attention import attention
+from heedful.ops.token_merge import match_tokens
+from heedful.steer.agentsd import AgentSD
 from tests.parity.harness import Tensors, adapter
 
 
@@ -65,3 +71,42 @@ def agent_cswin(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
     qkv = inputs["qkv"].mT.unflatten(3, (side, side))
     y = in_stripes(load(core, params).eval(), qkv, stripe=stripe, axis=-1)
     return {"y": y.flatten(2).mT}
+
+
+class _Host(nn.Module):
+    """The attention that AgentSD is put into."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@adapter("agentsd")
+def agentsd(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
+    x = inputs["x"]
+    host = _Host(x.shape[-1], config["heads"])
+    host.load_state_dict(params, strict=True)
+    match = match_tokens(x, size=(config["h"], config["w"]), stride=(config["sy"], config["sx"]))
+    counts = [int(x.shape[1] * config[name]) for name in ("ratio", "agent_ratio")]
+    count, agent_count = (min(count, match.source.shape[1]) for count in counts)
+    merged, agents = match.merge(x, count), match.merge(x, agent_count)
+    steer = AgentSD(power=config["k_scale2"], shortcut=config["k_shortcut"])
+    # The targets at the end stand row by row; the authors' unstable sort gave another order.
+    order = torch.tensor([0, 2, 3, 1])
+    rows = torch.cat([torch.arange(merged.shape[1] - 4), merged.shape[1] - 4 + order])
+    return {
+        "merged": merged[:, rows],
+        "agents": agents[:, order],
+        "unmerged": match.unmerge(merged, count),
+        "attn": steer.attend(host, merged, agents)[:, rows],
+        "attn_no_agent": host(merged)[:, rows],
+    }

@@ -13,6 +13,7 @@ import importlib
 from typing import Any
 
 _LAZY = {
+    "AgentSD": "heedful.steer.agentsd",
     "Intervention": "heedful.steer.intervention",
     "VisualAttentionRedistribution": "heedful.steer.var_visattnsink",
 }
