@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from heedful.checks import check_choice
-from heedful.ops.linear import FORMS, decay_sums
+from heedful.ops.linear import WITH_KERNEL, decay_sums
 from heedful.ops.segments import in_segments, segment_sizes
 from heedful.registry import register
 
@@ -42,13 +42,17 @@ def gated_delta_rule(
     state         S before the first token, (b, h, d, e), zeros if None
     return_state  also give the state after the last token: the call on the next tokens continues the sequence
     form          how, never what: "recurrent" (token by token, the definition), "chunked" (the writes of 64
-                  tokens from one triangular system), "auto" (recurrent below 4 tokens)
+                  tokens from one triangular system), "auto" (recurrent below 4 tokens, else chunked),
+                  "kernel" (chunks in Triton, on CUDA; tested in Triton's interpreter and not yet measured on
+                  a GPU, so that "auto" does not take it)
 
     Sums and state are float32, or float64 if any input is; the output has the dtype of query. Gradients of
-    any order reach every tensor argument. Backward keeps one state for every 1024 tokens and computes the
-    rest again.
+    any order reach every tensor argument, of the first order alone with "kernel", where a second backward
+    raises RuntimeError. Backward keeps one state for every 1024 tokens and computes the rest again; "kernel"
+    keeps none, and one for every 64 tokens while a pass runs.
 
-    Raises ValueError if shapes do not fit or `form` is unknown.
+    Raises ValueError if shapes do not fit, `form` is unknown or "kernel" cannot serve (no Triton, not CUDA,
+    float64, d above 256).
     Source: Gated Delta Networks, arXiv 2412.06464; the chunks, DeltaNet, arXiv 2406.06484.
     """
     _check(query, key, value, beta, log_decay, state, form)
@@ -67,6 +71,8 @@ def gated_delta_rule(
             out = query.to(work) @ state
         elif form == "recurrent" or (form == "auto" and n < 4):
             out, state = _recurrent(*tokens, state)
+        elif form == "kernel":
+            out, state = _kernel(*tokens, state)
         else:
             sizes = segment_sizes(n, segment=SEGMENT, chunk=CHUNK)
             out, state = in_segments(_segment, tokens, (state,), sizes=sizes, keep=SEGMENT)
@@ -89,7 +95,7 @@ def _check(
     state: Tensor | None,
     form: str,
 ) -> None:
-    check_choice("form", form, FORMS)
+    check_choice("form", form, WITH_KERNEL)
     if query.ndim != 4:
         raise ValueError(f"query has shape {tuple(query.shape)}, must be (b, h, n, d)")
     b, h, n, d = query.shape
@@ -117,6 +123,20 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, S: Tens
         S = S + k[:, :, t, :, None] * write[:, :, None]
         outs.append((q[:, :, t, None] @ S)[:, :, 0])
     return torch.stack(outs, dim=2), S
+
+
+@torch.compiler.disable
+def _kernel(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    from heedful.ops.backends.triton.recurrences import check_served
+
+    check_served(query=q, key=k, value=v, beta=beta, log_decay=g, state=S)
+    if q.numel() == 0 or v.numel() == 0:
+        return _segment(q, k, v, beta, g, S)
+    from heedful.ops.backends.triton.delta import WIDEST, gated_delta_rule
+
+    if q.shape[-1] > WIDEST:
+        raise ValueError(f"query has width {q.shape[-1]}, must be at most {WIDEST} for form='kernel'")
+    return gated_delta_rule(q, k, v, beta.float(), g.float(), S, q.dtype)
 
 
 def _segment(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from heedful.registry import register
 CHUNK = 64  # tokens whose scores are computed as a square
 SEGMENT = 1024  # tokens between two states that wait for the backward pass; a multiple of CHUNK
 FORMS = ("auto", "recurrent", "chunked")
+WITH_KERNEL = (*FORMS, "kernel")
 
 
 @register("linear-attention", kind="op", tags=("linear", "decode"), complexity="O(N D E)")
@@ -49,13 +50,17 @@ def linear_attention(
                   z as the last column
     return_state  also give the state after the last token: the call on the next tokens continues the sequence
     form          how, never what: "recurrent" (token by token, the definition), "chunked" (squares of 64
-                  tokens joined by states), "auto" (recurrent below 4 tokens)
+                  tokens joined by states), "auto" (recurrent below 4 tokens, else chunked), "kernel" (chunks
+                  in Triton, on CUDA; tested in Triton's interpreter and not yet measured on a GPU, so that
+                  "auto" does not take it)
 
     Sums and state are float32, or float64 if any input is; the output has the dtype of query. Gradients of
-    any order reach every tensor argument. Backward keeps one state for every 1024 tokens and computes the
-    rest again.
+    any order reach every tensor argument, of the first order alone with "kernel", where a second backward
+    raises RuntimeError. Backward keeps one state for every 1024 tokens and computes the rest again; "kernel"
+    keeps none, and one for every 64 tokens while a pass runs.
 
-    Raises ValueError if shapes do not fit, `form` is unknown, or causal=False comes with log_decay or state.
+    Raises ValueError if shapes do not fit, `form` is unknown or "kernel" cannot serve (no Triton, not CUDA,
+    float64), or causal=False comes with log_decay or state.
     Source: linear attention, arXiv 2006.16236; decay and chunks, Lightning Attention-2, arXiv 2401.04658.
     """
     _check(query, key, value, log_decay, normalize, state, causal, form)
@@ -73,8 +78,12 @@ def linear_attention(
                 state = query.new_zeros(batch, heads, dim, value.shape[-1], dtype=work)
             if form == "auto":
                 form = "recurrent" if n < 4 else "chunked"
-            run = _recurrent if form == "recurrent" else _chunked
-            out, state = run(query, key, value, log_decay, state.to(work))
+            if form == "kernel":
+                out_dtype = work if normalize else query.dtype
+                out, state = _kernel(query, key, value, log_decay, state, out_dtype)
+            else:
+                run = _recurrent if form == "recurrent" else _chunked
+                out, state = run(query, key, value, log_decay, state.to(work))
         else:
             state = key.to(work).mT @ value.to(work)
             out = query.to(work) @ state
@@ -109,7 +118,7 @@ def _check(
     causal: bool,
     form: str,
 ) -> None:
-    check_choice("form", form, FORMS)
+    check_choice("form", form, WITH_KERNEL)
     if query.ndim != 4:
         raise ValueError(f"query has shape {tuple(query.shape)}, must be (b, h, n, d)")
     b, h, n, d = query.shape
@@ -148,6 +157,24 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[T
         S = decay_t * S + k_t[..., :, None] * v_t[..., None, :]
         outs.append((q_t[..., None, :] @ S)[..., 0, :])
     return (torch.stack(outs, dim=2) if outs else q @ S), S
+
+
+# -- in Triton ------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from heedful.ops.backends.triton.recurrences import check_served
+
+    check_served(query=q, key=k, value=v, log_decay=g, state=S)
+    if q.numel() == 0 or v.numel() == 0:
+        out, state = _chunked(q, k, v, g, S.float())
+        return out, state
+    from heedful.ops.backends.triton.linear import linear_attention
+
+    return linear_attention(q, k, v, g.float(), S.float(), dtype)
 
 
 # -- chunk by chunk -------------------------------------------------------------------------------

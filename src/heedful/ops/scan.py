@@ -17,7 +17,7 @@ from heedful.registry import register
 
 CHUNK = 16  # tokens of a chunk; the chunks of a segment advance side by side
 SEGMENT = 128  # tokens between two states that wait for the backward pass; a multiple of CHUNK
-FORMS = ("auto", "recurrent", "chunked")
+FORMS = ("auto", "recurrent", "chunked", "kernel")
 
 
 @register("selective-scan", kind="op", paper="mamba", tags=("state space", "decode"), complexity="O(N D S)")
@@ -54,13 +54,17 @@ def selective_scan(
     state         h before the first token, (b, d, s), zeros if None
     return_state  also give the state after the last token: the call on the next tokens continues the sequence
     form          how, never what: "recurrent" (token by token, the definition), "chunked" (chunks of 16
-                  tokens side by side, joined by states), "auto" (recurrent below 4 tokens)
+                  tokens side by side, joined by states), "auto" (recurrent below 4 tokens, else chunked),
+                  "kernel" (chunks in Triton, on CUDA; tested in Triton's interpreter and not yet measured on
+                  a GPU, so that "auto" does not take it)
 
     Sums and state are float32, or float64 if any input is; the output has the dtype of u. Gradients of any
-    order reach every tensor argument. Backward of the chunked form keeps one state for every 128 tokens and
-    computes the rest again.
+    order reach every tensor argument, of the first order alone with "kernel", where a second backward raises
+    RuntimeError. Backward of the chunked form keeps one state for every 128 tokens and computes the rest
+    again, that of "kernel" one for every 64.
 
-    Raises ValueError if shapes do not fit or `form` is unknown.
+    Raises ValueError if shapes do not fit, `form` is unknown or "kernel" cannot serve (no Triton, not CUDA,
+    float64, s above 256).
     Source: Mamba, arXiv 2312.00752.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, state, form)
@@ -69,6 +73,9 @@ def selective_scan(
     batch, dim, n = u.shape
 
     with torch.autocast(u.device.type, enabled=False):
+        if form == "kernel" and u.numel() and A.numel():
+            y, state = _kernel(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus)
+            return (y, state) if return_state else y
         x, step = u.to(work), delta.to(work)
         if delta_bias is not None:
             step = step + delta_bias.to(work)[:, None]
@@ -140,6 +147,33 @@ def _check(
             )
     if B.shape != C.shape:
         raise ValueError(f"C has shape {tuple(C.shape)}, must be that of B, {tuple(B.shape)}")
+
+
+@torch.compiler.disable
+def _kernel(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    state: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    from heedful.ops.backends.triton.recurrences import check_served
+
+    check_served(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, state=state)
+    batch, dim, _ = u.shape
+    B, C = (t if t.ndim == 4 else t[:, None] for t in (B, C))
+    if state is None:
+        state = u.new_zeros(batch, dim, A.shape[1], dtype=torch.float32)
+    from heedful.ops.backends.triton.scan import WIDEST, selective_scan
+
+    if A.shape[1] > WIDEST:
+        raise ValueError(f"A has shape {tuple(A.shape)}, s must be at most {WIDEST} for form='kernel'")
+    return selective_scan(u, delta, A, B, C, D, z, delta_bias, state.float(), softplus=softplus)
 
 
 # Inside: u, step (b, g, n, d), B, C (b, g, n, s), h (b, g, d, s) and the rates A (g, d, s) of g groups.
