@@ -103,8 +103,8 @@ def test_a_block_is_its_equations():
     torch.testing.assert_close(block(x), wanted)
 
     block = Block(SelfAttention(16, heads=4, causal=True), mlp="gelu", norm="layer").double()
-    y = x + block.mixer(F.layer_norm(x, (16,)))
-    h = F.layer_norm(y, (16,)) @ block.mlp.wide.weight.T + block.mlp.wide.bias
+    y = x + block.mixer(F.layer_norm(x, (16,), eps=1e-6))
+    h = F.layer_norm(y, (16,), eps=1e-6) @ block.mlp.wide.weight.T + block.mlp.wide.bias
     h = h * 0.5 * (1 + torch.erf(h / 2**0.5))
     torch.testing.assert_close(block(x), y + h @ block.mlp.narrow.weight.T + block.mlp.narrow.bias)
 

@@ -16,6 +16,8 @@ _LAZY = {
     "BlockTransformer": "heedful.models.block_transformer",
     "DecoderLM": "heedful.models.decoder_lm",
     "Encoder": "heedful.models.encoder",
+    "FIT": "heedful.models.fit",
+    "FITAR": "heedful.models.fit_ar",
     "create": "heedful.models.named",
     "find": "heedful.models.named",
     "list": "heedful.models.named",

@@ -18,11 +18,11 @@ MLPS = ("swiglu", "gelu")
 def make_norm(
     kind: str, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """A normalisation of the channels: "rms" (eps 1e-6) or "layer" (eps 1e-5)."""
+    """A normalisation of the channels: "rms" or "layer", both with eps 1e-6."""
     check_choice("norm", kind, NORMS)
     if kind == "rms":
         return nn.RMSNorm(dim, eps=1e-6, device=device, dtype=dtype)
-    return nn.LayerNorm(dim, device=device, dtype=dtype)
+    return nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
 
 
 class SwiGLU(nn.Module):

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from heedful.checks import check_mask, check_positive
-from heedful.models.sampling import sample
+from heedful.models.sampling import continue_ids
 from heedful.models.stack import Output, Stack, StackState, cross_entropy
 from heedful.registry import register
 
@@ -96,29 +96,25 @@ class DecoderLM(Stack):
         Call `eval()` first if a mixer drops out. Raises ValueError if a mixer cannot decode step by step, the
         prompt is empty, or a row ends in padding.
         """
-        check_positive("max_new_tokens", max_new_tokens)
         check_mask("mask", mask, ids.shape[0], ids.shape[1])
-        if ids.shape[1] == 0:
-            raise ValueError("ids has no tokens, must have at least 1 to continue")
-        if mask is not None and not mask[:, -1].all():
+        if mask is not None and not mask[:, -1:].all():
             raise ValueError("mask is False at the last token of a row, must have padding on the left only")
-        finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         state: StackState | None = self.init_state(len(ids))
-        piece, seen = ids, mask
-        for _ in range(max_new_tokens):
+        seen = mask
+
+        def step(piece: Tensor) -> Tensor:
+            nonlocal state, seen
             hidden, state = self.encode(piece, mask=seen, state=state)
-            token = sample(
-                self.logits(hidden[:, -1]),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                generator=generator,
-            )
-            if eos is not None:
-                token = token.masked_fill(finished, eos)
-                finished = finished | (token == eos)
-            piece, seen = token[:, None], None
-            ids = torch.cat([ids, piece], dim=1)
-            if finished.all():
-                break
-        return ids
+            seen = None
+            return self.logits(hidden[:, -1])
+
+        return continue_ids(
+            step,
+            ids,
+            max_new_tokens,
+            eos=eos,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )

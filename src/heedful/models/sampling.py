@@ -1,6 +1,9 @@
-"""From the logits of the last token to the next one."""
+"""From logits to the next token, and on."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -42,3 +45,33 @@ def sample(
         kept &= probability.cumsum(-1) - probability < top_p
     drawn = torch.multinomial(probability * kept, 1, generator=generator)
     return token.gather(-1, drawn)[:, 0]
+
+
+def continue_ids(
+    step: Callable[[Tensor], Tensor],
+    ids: Int[Tensor, "b n"],
+    max_new_tokens: int,
+    *,
+    eos: int | None = None,
+    **how: Any,
+) -> Int[Tensor, "b m"]:
+    """The ids and what follows: `step` takes the prompt, then each new token, to the logits of the last.
+
+    A row that gives `eos` is finished and filled with it; all finished ends it early. how: see `sample`.
+    Raises ValueError if there is nothing to continue, or by no token.
+    """
+    check_positive("max_new_tokens", max_new_tokens)
+    if ids.shape[1] == 0:
+        raise ValueError("ids has no tokens, must have at least 1 to continue")
+    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    piece = ids
+    for _ in range(max_new_tokens):
+        token = sample(step(piece), **how)
+        if eos is not None:
+            token = token.masked_fill(finished, eos)
+            finished = finished | (token == eos)
+        piece = token[:, None]
+        ids = torch.cat([ids, piece], dim=1)
+        if finished.all():
+            break
+    return ids
