@@ -25,6 +25,8 @@ SIDES = {named.name: named.size for named in models.list()}
 @pytest.mark.parametrize("check", sorted(CHECKS))
 @pytest.mark.parametrize("family", sorted(BACKBONES))
 def test_backbone(family, check):
+    if reason := BACKBONES[family].exempt.get(check):
+        pytest.skip(reason)
     CHECKS[check](BACKBONES[family])
 
 
@@ -39,11 +41,19 @@ def test_published_parameters(name):
 def test_published_flops(name):
     """Within 2 %, or half a unit of the last published digit."""
     named = models.find(name)
-    model = models.create(name)
+    try:
+        counted = count(named, "meta")
+    except RuntimeError:  # routing looks at numbers, and some operators do not know the device
+        counted = count(named, "cpu")
     number, unit = re.fullmatch(r"([\d.]+)([KMG])", named.flops).groups()
     digit = 10.0 ** -len(number.partition(".")[2])
     wanted = float(number) * UNITS[unit]
-    counted = models.multiply_adds(model, torch.zeros(1, model.in_channels, named.size, named.size))
     assert abs(counted - wanted) <= max(0.02 * wanted, 0.5 * digit * UNITS[unit]), (
         f"{counted / UNITS[unit]:.4g}"
     )
+
+
+def count(named, device):
+    with torch.device(device):
+        model = models.create(named.name)
+        return models.multiply_adds(model, torch.zeros(1, model.in_channels, named.size, named.size))

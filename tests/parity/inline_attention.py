@@ -1,4 +1,4 @@
-"""InLine attention: the authors' modules of Swin, DeiT, PVT and CSwin."""
+"""InLine attention: the authors' modules of Swin, DeiT, PVT and CSwin, and their DeiT."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from heedful import authors
 from heedful.mixers.grid.inline_attention import (
     InLineAttention,
     InLineAttentionCSwin,
     InLineAttentionDeiT,
 )
+from heedful.models.inline_deit import InLineDeiT
 from tests.parity.harness import Tensors, adapter
 
 
@@ -53,3 +55,17 @@ def cswin(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
     side = config["resolution"]
     q, k, v = (t.transpose(1, 2).unflatten(2, (side, side)) for t in inputs["qkv"])
     return {"y": mixer.eval()(q, k, v, inputs["x_mean"]).flatten(2).transpose(1, 2)}
+
+
+@adapter("inline-deit")
+def deit_model(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
+    made = InLineDeiT(
+        classes=config["num_classes"],
+        dim=config["embed_dim"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        image_size=config["img_size"],
+        patch=config["patch_size"],
+        mlp_ratio=config["mlp_ratio"],
+    )
+    return {"y": authors.load(made, params).eval()(inputs["x"])}

@@ -29,6 +29,7 @@ class Backbone(nn.Module, ABC):
     entry: ClassVar[Entry]
     example: ClassVar[dict[str, Any]]  # a small instance: cls(**example)
     example_size: ClassVar[tuple[int, int]] = (64, 64)  # an image it takes
+    exempt: ClassVar[dict[str, str]] = {}  # checks that cannot hold -> why
     channels: tuple[int, ...]
     reductions: tuple[int, ...]
     head: nn.Module

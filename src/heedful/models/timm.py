@@ -44,7 +44,7 @@ def _entrypoint(name: str) -> Callable[..., Backbone]:
         if indices is not None and tuple(indices) != tuple(range(len(stages))):
             raise ValueError(f"out_indices is {indices!r}, must name all of the {len(stages)} maps in order")
         model.feature_info = FeatureInfo(stages, tuple(range(len(stages))))  # type: ignore[assignment]
-        model.num_classes, model.num_features = model.classes, model.channels[-1]  # type: ignore[assignment]
+        model.num_classes, model.num_features = model.classes, model.width  # type: ignore[assignment]
         return model
 
     create.__name__ = PREFIX + name
