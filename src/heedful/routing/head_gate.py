@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from heedful.checks import check_positive
@@ -25,6 +25,17 @@ def wide_linear(
 def chosen(scores: Float[Tensor, "*b r"], k: int) -> Bool[Tensor, "*b r"]:
     """True at the k largest scores of each row."""
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k, dim=-1).indices, True)
+
+
+def token_lists(listed: Bool[Tensor, "b h n"]) -> tuple[Int[Tensor, "b h l"], Bool[Tensor, "b h l"]]:
+    """The tokens of each head in their order, l = most tokens a head has; and which of them are its own.
+
+    A shorter list begins with tokens that are not the head's, so that all lists end together.
+    """
+    longest = int(listed.sum(-1).max()) if listed.numel() else 0
+    order = listed.to(torch.uint8).argsort(dim=-1, stable=True)
+    order = order[..., listed.shape[-1] - longest :]
+    return order, listed.gather(-1, order)
 
 
 def load_balance(

@@ -25,7 +25,7 @@ from heedful.ops.attention import attention
 from heedful.ops.rotary import rotary_angles, rotate
 from heedful.patterns.causal import Causal
 from heedful.registry import register
-from heedful.routing.head_gate import load_balance
+from heedful.routing.head_gate import load_balance, token_lists
 from heedful.routing.switch_gate import SwitchGate
 
 SELECTIONS = ("strict", "paper")
@@ -69,11 +69,12 @@ class SelectiveMultiHeadAttention(Mixer):
                  state, and a mask is refused
     gate_output  multiply what a head gives by the token's probability of it, which trains the gate; the
                  authors do not, and the gate then learns from the auxiliary loss alone
+    load_balance  weight of the auxiliary loss
     rotary_base  of the rotary embedding (channel j with j + d / 2)
     dropout      share of the attention weights dropped in training
 
-    In training aux_losses["load_balance"] tells how unevenly the heads are used. State: 2 topk d numbers a
-    token and the names of its heads (2 bytes each). `positions` have no effect: places in T_e count.
+    In training aux_losses["load_balance"] tells, weighed, how unevenly the heads are used. State: 2 topk d
+    numbers a token and the names of its heads (2 bytes each). `positions` have no effect, places in T_e have.
     Raises ValueError if heads do not divide, on wrong shapes, and for a context.
     Source: Union of Experts, arXiv 2503.02495.
     """
@@ -88,6 +89,7 @@ class SelectiveMultiHeadAttention(Mixer):
         topk: int | None = None,
         selection: str = "strict",
         gate_output: bool = False,
+        load_balance: float = 0.01,
         rotary_base: float = 10000.0,
         dropout: float = 0.1,
         device: torch.device | str | None = None,
@@ -100,7 +102,8 @@ class SelectiveMultiHeadAttention(Mixer):
         if self.head_dim % 2:
             raise ValueError(f"heads is {heads}, must leave an even number of channels a head, of {dim}")
         self.selection, self.causal = selection, selection == "strict"
-        self.gate_output, self.rotary_base, self.dropout = gate_output, rotary_base, dropout
+        self.gate_output, self.load_balance = gate_output, load_balance
+        self.rotary_base, self.dropout = rotary_base, dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         topk = max(1, heads // 2) if topk is None else topk
         self.gate = SwitchGate(dim, experts=heads, topk=topk, **factory)
@@ -142,7 +145,7 @@ class SelectiveMultiHeadAttention(Mixer):
             return self.published(x)
         # 1. Each token's heads.
         s, taken = self.gate(x)
-        self.aux_losses = {"load_balance": load_balance(s, taken, mask)} if self.training else {}
+        self._note(s, taken, mask)
         shown = taken if mask is None else taken & mask[..., None]
         mine = rearrange(shown, "b n h -> b h n")
         # 2. Places in the lists of the heads, after those that a state holds.
@@ -169,7 +172,7 @@ class SelectiveMultiHeadAttention(Mixer):
         tokens of the memory and of x, as published.
         """
         s, taken = self.gate(x)
-        self.aux_losses = {"load_balance": load_balance(s, taken)} if self.training else {}
+        self._note(s, taken, None)
         _, selected = self.gate.published(x)
         mine = listed = rearrange(selected, "b n h -> b h n")
         source = x
@@ -180,6 +183,10 @@ class SelectiveMultiHeadAttention(Mixer):
             source = torch.cat([memory, x], dim=1)
         query, key, value = self._project(x, source, _places(mine), _places(listed))
         return self._attend(query, key, value, mine, listed, s)
+
+    def _note(self, s: Tensor, taken: Tensor, mask: Tensor | None) -> None:
+        loss = self.load_balance * load_balance(s, taken, mask)
+        self.aux_losses = {"load_balance": loss} if self.training else {}
 
     def _project(
         self, x: Tensor, source: Tensor, query_place: Tensor, key_place: Tensor
@@ -195,8 +202,8 @@ class SelectiveMultiHeadAttention(Mixer):
         self, query: Tensor, key: Tensor, value: Tensor, mine: Tensor, listed: Tensor, s: Tensor
     ) -> Float[Tensor, "b n c"]:
         """mine (b, h, n), listed (b, h, m): which tokens of x, and of the keys, are on a head's list."""
-        where, real = _last(mine)
-        key_where, key_real = _last(listed)
+        where, real = token_lists(mine)
+        key_where, key_real = token_lists(listed)
 
         def rows(x: Tensor, index: Tensor) -> Tensor:
             picked = x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
@@ -258,11 +265,3 @@ class SelectiveMultiHeadAttention(Mixer):
 def _places(listed: Bool[Tensor, "b h n"]) -> Int[Tensor, "b h n"]:
     """The place of each token on the list, where it is on it."""
     return listed.long().cumsum(-1) - 1
-
-
-def _last(listed: Bool[Tensor, "b h n"]) -> tuple[Int[Tensor, "b h l"], Bool[Tensor, "b h l"]]:
-    """Tokens on each list, in their order, behind others where a list is shorter than the longest."""
-    longest = int(listed.sum(-1).max()) if listed.numel() else 0
-    order = listed.to(torch.uint8).argsort(dim=-1, stable=True)
-    order = order[..., listed.shape[-1] - longest :]
-    return order, listed.gather(-1, order)
