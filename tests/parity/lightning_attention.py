@@ -1,4 +1,4 @@
-"""Lightning Attention, the operator: output and gradients (also the golden of lightning-attention-2)."""
+"""Lightning Attention: the operator and its gradients (also the golden of its second paper), the module."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heedful.authors import load
+from heedful.mixers.linear.tnl_attention import TNLAttention
 from heedful.ops.linear import linear_attention
 from tests.parity.harness import adapter
 
@@ -19,3 +21,16 @@ def operator(config: Any, params: dict[str, Tensor], inputs: dict[str, Tensor]) 
         o = linear_attention(q, k, v, log_decay)
         dq, dk, dv = torch.autograd.grad(o, (q, k, v), inputs["do"])
     return {"o": o.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+@adapter("lightning-attention-tnl")
+def tnl(config: Any, params: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    mixer = TNLAttention(
+        config["embed_dim"],
+        heads=config["num_heads"],
+        layer_index=config["layer_idx"],
+        layers=config["num_layers"],
+        bias=config["bias"],
+    )
+    y = load(mixer, params).eval()(inputs["x"])
+    return {"y": y, "slope_rate": -torch.tensor(mixer.log_decay, dtype=torch.float32)[:, None, None]}
