@@ -203,7 +203,7 @@ def test_losses_train_the_gate():
     for mixer in (attention(), attention(selection="paper")):
         mixer(x)
         loss = mixer.aux_losses["load_balance"]
-        torch.testing.assert_close(loss, load_balance(*mixer.gate(x)))
+        torch.testing.assert_close(loss, 0.01 * load_balance(*mixer.gate(x)))
         assert torch.autograd.grad(loss, mixer.gate.linear.weight)[0].abs().sum() > 0
         mixer.eval()(x)
         assert mixer.aux_losses == {}

@@ -41,10 +41,11 @@ class MixtureOfHeadAttention(SelfAttention):
     routed_heads  how many of the others are on for a token; None: half of them
     head_dim      channels a head, d; None: dim / heads
     qk_norm       layer normalisation of queries and keys over d
+    load_balance  weight of the auxiliary loss
     causal, qkv_bias, dropout and the arguments of forward are those of `SelfAttention`; the gate reads x.
 
-    In training aux_losses["load_balance"] tells how unevenly the routed heads are used; the published
-    weight is 0.01. Keys and values of all heads are kept, as a later token may choose any.
+    In training aux_losses["load_balance"] tells, weighed, how unevenly the routed heads are used.
+    Keys and values of all heads are kept, as a later token may choose any.
     Raises ValueError if heads do not divide or their numbers do not fit.
     Source: MoH: Multi-Head Attention as Mixture-of-Head Attention, arXiv 2410.11842.
     """
@@ -60,6 +61,7 @@ class MixtureOfHeadAttention(SelfAttention):
         routed_heads: int | None = None,
         head_dim: int | None = None,
         qk_norm: bool = False,
+        load_balance: float = 0.01,
         causal: bool = False,
         qkv_bias: bool = True,
         dropout: float = 0.0,
@@ -77,6 +79,7 @@ class MixtureOfHeadAttention(SelfAttention):
             dropout=dropout,
             **factory,
         )
+        self.load_balance = load_balance
         shared_heads, routed_heads = default_shares(heads, shared_heads, routed_heads)
         self.gate = HeadGate(dim, heads=heads, shared=shared_heads, routed=routed_heads, **factory)
         for module in self.modules():
@@ -112,7 +115,9 @@ class MixtureOfHeadAttention(SelfAttention):
         dropout = self.dropout if self.training else 0.0
         heads = attention(query, key, value, pattern=pattern, key_mask=seen, dropout_p=dropout)
         gates, loss = self.gate(x, mask=mask)
-        self.aux_losses = {"load_balance": loss} if self.training and loss is not None else {}
+        self.aux_losses = (
+            {"load_balance": self.load_balance * loss} if self.training and loss is not None else {}
+        )
         heads = heads * rearrange(gates, "b n h -> b h n 1").to(heads.dtype)
         y = self.out(rearrange(heads, "b h n d -> b n (h d)"))
         return y if state is None else (y, state)

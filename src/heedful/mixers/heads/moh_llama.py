@@ -51,11 +51,12 @@ class MixtureOfHeadLlamaAttention(Mixer):
     shared_heads  S; None: half of the heads
     routed_heads  K, how many of the others are on for a token; None: half of them. All: plain attention
     head_dim      channels a head, d; None: dim / heads
+    load_balance  weight of the auxiliary loss
     rotary_base   of the rotary embedding (channel j with j + d / 2)
     dropout       share of the attention weights dropped in training
 
-    In training aux_losses["load_balance"] tells how unevenly the routed heads are used, from the softmax of
-    l / std(l); the published weight is 0.01. forward: mask (b, n) hides tokens as keys.
+    In training aux_losses["load_balance"] tells, weighed, how unevenly the routed heads are used, from the
+    softmax of l / std(l). forward: mask (b, n) hides tokens as keys.
     Raises ValueError if heads do not divide or their numbers do not fit, on wrong shapes, and for a context.
     Source: MoH: Multi-Head Attention as Mixture-of-Head Attention, arXiv 2410.11842.
     """
@@ -71,6 +72,7 @@ class MixtureOfHeadLlamaAttention(Mixer):
         shared_heads: int | None = None,
         routed_heads: int | None = None,
         head_dim: int | None = None,
+        load_balance: float = 0.01,
         rotary_base: float = 10000.0,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -89,7 +91,7 @@ class MixtureOfHeadLlamaAttention(Mixer):
         check_shares(heads, shared_heads, routed_heads)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.shared_heads, self.routed_heads = shared_heads, routed_heads
-        self.rotary_base, self.dropout = rotary_base, dropout
+        self.load_balance, self.rotary_base, self.dropout = load_balance, rotary_base, dropout
         factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.query = nn.Linear(dim, heads * head_dim, **factory)
         self.key = nn.Linear(dim, kv_heads * head_dim, **factory)
@@ -119,7 +121,9 @@ class MixtureOfHeadLlamaAttention(Mixer):
             for y in (self.query(x), self.key(x), self.value(x))
         )
         on, loss = self.switch(x, mask=mask)
-        self.aux_losses = {"load_balance": loss} if self.training and loss is not None else {}
+        self.aux_losses = (
+            {"load_balance": self.load_balance * loss} if self.training and loss is not None else {}
+        )
         angles = next_angles(x, self.head_dim, positions, state, base=self.rotary_base)
         query, key = rotate(query, angles), rotate(key, angles)
         seen = mask

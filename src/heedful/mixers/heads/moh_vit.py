@@ -29,13 +29,15 @@ class _CosineHeads(Mixer):
         heads: int,
         shared_heads: int | None,
         routed_heads: int | None,
+        load_balance: float,
         trained_size: tuple[int, int] | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(dim)
         check_divides("heads", heads, "dim", dim)
-        self.heads, self.head_dim, self.trained_size = heads, dim // heads, trained_size
+        self.heads, self.head_dim = heads, dim // heads
+        self.load_balance, self.trained_size = load_balance, trained_size
         shared_heads, routed_heads = default_shares(heads, shared_heads, routed_heads)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         start = math.log(math.expm1(1 / 0.24))  # softplus of it is 1 / 0.24
@@ -60,7 +62,9 @@ class _CosineHeads(Mixer):
         size = (x.shape[2], x.shape[3])
         tokens = rearrange(x, "b c height width -> b (height width) c")
         gates, loss = self.gate(tokens)
-        self.aux_losses = {"load_balance": loss} if self.training and loss is not None else {}
+        self.aux_losses = (
+            {"load_balance": self.load_balance * loss} if self.training and loss is not None else {}
+        )
         heads = self.attend(tokens, size)
         heads = heads * rearrange(gates, "b n h -> b h n 1").to(heads.dtype)
         return self.proj(rearrange(heads, "b h n d -> b n (h d)")).mT.unflatten(2, size)
@@ -108,11 +112,12 @@ class MixtureOfHeadVisionAttention(_CosineHeads):
     heads         all heads; the first `shared_heads` of them are always on
     shared_heads  None: half of the heads
     routed_heads  how many of the others are on for a place; None: half of them
+    load_balance  weight of the auxiliary loss
     trained_size  height and width that offsets are measured in; None: those of each map
     qkv_bias      whether the projection of queries, keys and values has a bias
 
-    In training aux_losses["load_balance"] tells how unevenly the routed heads are used; the published
-    weight is 0.01. Raises ValueError if heads do not divide or their numbers do not fit.
+    In training aux_losses["load_balance"] tells, weighed, how unevenly the routed heads are used.
+    Raises ValueError if heads do not divide or their numbers do not fit.
     Source: MoH, arXiv 2410.11842; TransNeXt, arXiv 2311.17132.
     """
 
@@ -125,6 +130,7 @@ class MixtureOfHeadVisionAttention(_CosineHeads):
         heads: int = 8,
         shared_heads: int | None = None,
         routed_heads: int | None = None,
+        load_balance: float = 0.01,
         trained_size: tuple[int, int] | None = None,
         qkv_bias: bool = True,
         device: torch.device | str | None = None,
@@ -135,6 +141,7 @@ class MixtureOfHeadVisionAttention(_CosineHeads):
             heads=heads,
             shared_heads=shared_heads,
             routed_heads=routed_heads,
+            load_balance=load_balance,
             trained_size=trained_size,
             device=device,
             dtype=dtype,
@@ -177,11 +184,12 @@ class MixtureOfHeadAggregatedAttention(_CosineHeads):
     routed_heads  how many of the others are on for a place; None: half of them
     window        side of the window, an odd number
     pool_ratio    places that a cell of the pooled map joins along a side; a map is at least one cell
+    load_balance  weight of the auxiliary loss
     trained_size  height and width that offsets are measured in; None: those of each map
     qkv_bias      whether the projections of queries, keys and values have a bias
 
-    In training aux_losses["load_balance"] tells how unevenly the routed heads are used; the published
-    weight is 0.01. Raises ValueError if heads do not divide or their numbers do not fit.
+    In training aux_losses["load_balance"] tells, weighed, how unevenly the routed heads are used.
+    Raises ValueError if heads do not divide or their numbers do not fit.
     Source: MoH, arXiv 2410.11842; TransNeXt, arXiv 2311.17132.
     """
 
@@ -196,6 +204,7 @@ class MixtureOfHeadAggregatedAttention(_CosineHeads):
         routed_heads: int | None = None,
         window: int = 3,
         pool_ratio: int = 2,
+        load_balance: float = 0.01,
         trained_size: tuple[int, int] | None = None,
         qkv_bias: bool = True,
         device: torch.device | str | None = None,
@@ -206,6 +215,7 @@ class MixtureOfHeadAggregatedAttention(_CosineHeads):
             heads=heads,
             shared_heads=shared_heads,
             routed_heads=routed_heads,
+            load_balance=load_balance,
             trained_size=trained_size,
             device=device,
             dtype=dtype,

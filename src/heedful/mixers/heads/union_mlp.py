@@ -54,11 +54,12 @@ class UnionMLP(Mixer):
                  refused
     gate_output  multiply what an expert gives by the token's probability of it, which trains the gate; the
                  authors do not, and the gate then learns from the auxiliary loss alone
+    load_balance  weight of the auxiliary loss
     dropout      share of the outputs dropped in training
 
-    In training aux_losses["load_balance"] tells how unevenly the experts are used. Nothing mixes tokens, so
-    that the state is a count; `positions` have no effect. Raises ValueError if experts do not divide hidden,
-    on wrong shapes, and for a context. Source: Union of Experts, arXiv 2503.02495.
+    In training aux_losses["load_balance"] tells, weighed, how unevenly the experts are used. Nothing mixes
+    tokens, so that the state is a count; `positions` have no effect. Raises ValueError if experts do not
+    divide hidden, on wrong shapes, and for a context. Source: Union of Experts, arXiv 2503.02495.
     """
 
     example: ClassVar[dict[str, Any]] = {"dim": 16, "experts": 4}
@@ -72,6 +73,7 @@ class UnionMLP(Mixer):
         topk: int = 2,
         selection: str = "strict",
         gate_output: bool = False,
+        load_balance: float = 0.01,
         dropout: float = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -82,7 +84,7 @@ class UnionMLP(Mixer):
         check_divides("experts", experts, "hidden", hidden)
         check_choice("selection", selection, SELECTIONS)
         self.experts, self.selection, self.causal = experts, selection, selection == "strict"
-        self.gate_output, self.dropout = gate_output, dropout
+        self.gate_output, self.load_balance, self.dropout = gate_output, load_balance, dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate = SwitchGate(dim, experts=experts, topk=topk, **factory)
         width = hidden // experts
@@ -115,7 +117,8 @@ class UnionMLP(Mixer):
         check_positions("positions", positions, x.shape[0], x.shape[1])
         # 1. Each token's experts.
         s, taken = self.gate(x)
-        self.aux_losses = {"load_balance": load_balance(s, taken, mask)} if self.training else {}
+        loss = self.load_balance * load_balance(s, taken, mask)
+        self.aux_losses = {"load_balance": loss} if self.training else {}
         if self.selection == "paper":
             for name, given in (("mask", mask), ("state", state)):
                 if given is not None:
