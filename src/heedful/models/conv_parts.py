@@ -1,6 +1,8 @@
-"""What SHViT and EfficientViT share: a stem of stride 16, residuals, and the merging of patches."""
+"""What convolutional backbones share: squeeze-excite; SHViT and EfficientViT: stem and merging of patches."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,12 +33,12 @@ class ConvFFN(nn.Sequential):
 
 
 class SqueezeExcite(nn.Module):
-    """y = x sigmoid(W_2 relu(W_1 mean(x))): one gate a channel of the image."""
+    """y = x sigmoid(W_2 act(W_1 mean(x))): one gate a channel of the image."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, *, act: Callable[[], nn.Module] = nn.ReLU) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(dim, hidden, 1)
-        self.act = nn.ReLU()
+        self.act = act()
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height width"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -115,6 +116,7 @@ class DaViT(Backbone):
 
     def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
         maps = []
+        x = x.contiguous(memory_format=torch.channels_last)  # so that tokens are views of maps
         for downsample, stage in zip(self.downsample, self.stages, strict=True):
             x = stage(downsample(x))
             maps.append(x)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -219,6 +220,7 @@ class FocalNet(Backbone):
 
     def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
         maps = []
+        x = x.contiguous(memory_format=torch.channels_last)  # so that tokens are views of maps
         for downsample, stage in zip(self.downsample, self.stages, strict=True):
             x = stage(downsample(x))
             maps.append(x)
