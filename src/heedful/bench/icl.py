@@ -1,0 +1,334 @@
+"""In-context linear regression: what one layer of softmax attention learns from pairs (x, y).
+
+A prompt holds `length` pairs with y = beta . x + noise, and a query x whose y is asked. One attention layer
+without feed-forward net is trained on such prompts, each with a beta of its own. It comes out as a step of
+gradient descent on the prompt's least squares, with the mean of x taken out where two heads share the work.
+Source: In-Context Linear Regression Demystified, arXiv 2503.12734.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from heedful.bench.findings import Finding
+from heedful.checks import check_positive
+from heedful.registry import register
+
+BATCH, LEARNING_RATE = 128, 0.05
+TEST_PROMPTS, TEST_SEED = 20000, 987654321  # training seeds are small numbers
+
+OnStep = Callable[[int, int, int, float], None]  # heads, start, step, loss
+
+
+@dataclass(frozen=True)
+class LinearRegression:
+    """Prompts: x ~ N(0, I), beta ~ N(0, I / dim), y = beta . x + N(0, noise).
+
+    dim: of x; length: pairs in a prompt; noise: a variance.
+    """
+
+    dim: int = 5
+    length: int = 40
+    noise: float = 0.1
+
+    def prompts(
+        self, batch: int, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "b l d1"], Float[Tensor, "b 1 d1"], Float[Tensor, " b"]]:
+        """Pairs [x, y], queries [x, 0], and the y that is asked."""
+        x = torch.randn(batch, self.length + 1, self.dim, generator=generator)
+        beta = torch.randn(batch, self.dim, generator=generator) / self.dim**0.5
+        y = (x @ beta[..., None])[..., 0]
+        y = y + self.noise**0.5 * torch.randn(y.shape, generator=generator)
+        z = torch.cat([x, y[..., None]], dim=-1)
+        query = torch.cat([x[:, -1:], torch.zeros(batch, 1, 1)], dim=-1)
+        return z[:, :-1], query, y[:, -1]
+
+
+@register(
+    "icl-linear-attention",
+    kind="bench",
+    paper="icl-linear-attention",
+    tags=("theory", "softmax", "in-context"),
+)
+class ICLAttention(nn.Module):
+    """One layer of softmax attention from a query to the pairs of a prompt, each head as wide as a pair.
+
+        f = sum_h O_h V_h Z softmax(Z^T K_h^T Q_h z_q / sqrt(D))
+
+    dim: D, of a pair; heads; out: numbers that are asked. No biases, no positions.
+    """
+
+    def __init__(self, dim: int, *, heads: int, out: int = 1) -> None:
+        super().__init__()
+        check_positive("heads", heads)
+        self.heads = heads
+        self.query = nn.Linear(dim, heads * dim, bias=False)
+        self.key = nn.Linear(dim, heads * dim, bias=False)
+        self.value = nn.Linear(dim, heads * dim, bias=False)
+        self.out = nn.Linear(heads * dim, out, bias=False)
+
+    def forward(self, query: Float[Tensor, "b 1 c"], pairs: Float[Tensor, "b l c"]) -> Float[Tensor, "b 1 o"]:
+        q, k, v = (
+            rearrange(y, "b n (h c) -> b h n c", h=self.heads)
+            for y in (self.query(query), self.key(pairs), self.value(pairs))
+        )
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        return self.out(rearrange(weights @ v, "b h n c -> b n (h c)"))
+
+    def circuits(self) -> tuple[Float[Tensor, "h c c"], Float[Tensor, "h o c"]]:
+        """W_Q^T W_K / sqrt(D), from query to pair, and W_O W_V, from pair to output, of each head."""
+        query, key, value = (
+            rearrange(layer.weight, "(h e) c -> h e c", h=self.heads)
+            for layer in (self.query, self.key, self.value)
+        )
+        out = rearrange(self.out.weight, "o (h e) -> h o e", h=self.heads)
+        return query.mT @ key * query.shape[-1] ** -0.5, out @ value
+
+
+# -- what the layer is compared with -------------------------------------------------------------------
+
+
+def softmax_estimate(
+    x: Float[Tensor, "*b l d"],
+    y: Float[Tensor, "*b l"],
+    x_query: Float[Tensor, "*b d"],
+    omega: Float[Tensor, " h"],
+    mu: Float[Tensor, " h"],
+) -> Float[Tensor, "*b"]:
+    """The layer with two numbers a head: sum_h mu_h sum_l y_l softmax_l(omega_h x_l . x_query)."""
+    products = (x @ x_query[..., None])[..., 0]
+    weights = (omega[:, None] * products[..., None, :]).softmax(-1)
+    return (weights @ y[..., None])[..., 0] @ mu
+
+
+def gradient_step(
+    x: Float[Tensor, "*b l d"],
+    y: Float[Tensor, "*b l"],
+    x_query: Float[Tensor, "*b d"],
+    *,
+    rate: float,
+    debiased: bool = False,
+) -> Float[Tensor, "*b"]:
+    """One step from beta = 0: rate / L sum_l y_l x_l . x_query, with the mean of x taken out if debiased.
+
+    Heads (omega, mu) and (-omega, -mu) tend to it as omega becomes small, with rate = 2 omega mu.
+    """
+    if debiased:
+        x = x - x.mean(-2, keepdim=True)
+    return rate / x.shape[-2] * ((x @ x_query[..., None])[..., 0] * y).sum(-1)
+
+
+def ridge(
+    x: Float[Tensor, "*b l d"], y: Float[Tensor, "*b l"], x_query: Float[Tensor, "*b d"], *, noise: float
+) -> Float[Tensor, "*b"]:
+    """The best estimate there is: x_query . (sum x x^T + noise d I)^-1 sum x y."""
+    d = x.shape[-1]
+    gram = x.mT @ x + noise * d * torch.eye(d, dtype=x.dtype, device=x.device)
+    return (x_query * torch.linalg.solve(gram, (x.mT @ y[..., None])[..., 0])).sum(-1)
+
+
+def ridge_risk(noise: float, ratio: float) -> float:
+    """Expected square error of ridge, noise of the asked y included, for large d and L with d / L = ratio."""
+    root = math.sqrt(4 * noise + (noise + (1 - ratio) / ratio) ** 2)
+    return 0.5 * (noise + (ratio - 1) / ratio + root)
+
+
+def optimal_mu(omega: Float[Tensor, " h"], task: LinearRegression) -> Float[Tensor, " h"]:
+    """The mu that minimises `approximate_loss` for these omega."""
+    return torch.linalg.solve(_curvature(omega, task), omega)
+
+
+def approximate_loss(
+    omega: Float[Tensor, " h"], mu: Float[Tensor, " h"], task: LinearRegression
+) -> Float[Tensor, ""]:
+    """Expected square error of `softmax_estimate` for many pairs.
+
+    1 + s - 2 mu . omega + mu^T (omega omega^T + (1 + s) / L exp(d omega omega^T)) mu,   s: the noise
+    """
+    return 1 + task.noise - 2 * mu @ omega + mu @ _curvature(omega, task) @ mu
+
+
+def _curvature(omega: Tensor, task: LinearRegression) -> Tensor:
+    outer = torch.outer(omega, omega)
+    return outer + (1 + task.noise) / task.length * (task.dim * outer).exp()
+
+
+# -- the experiment ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a trained layer became.
+
+    loss           square error on unseen prompts; loss_longer: with twice as many pairs
+    omega, mu      the two numbers of each head
+    off_identity   largest entry of the heads' query-key matrices off the diagonal, of the x part, relative to
+                   the largest |omega|; heads that give nothing (|mu| small) aside
+    y_in_keys      largest entry from x to y there, likewise
+    x_in_values    largest entry of the heads' output-value vectors at x, relative to the largest |mu|
+    """
+
+    heads: int
+    loss: float
+    loss_longer: float
+    omega: list[float]
+    mu: list[float]
+    off_identity: float
+    y_in_keys: float
+    x_in_values: float
+
+    @property
+    def mu_balance(self) -> float:
+        """|sum mu| / sum |mu|: 0 where heads of both signs weigh the same."""
+        return abs(sum(self.mu)) / sum(map(abs, self.mu))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"mu_balance": self.mu_balance}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Trained layers, the errors of the estimators on the same prompts, and the patterns."""
+
+    learned: list[Learned]
+    estimators: dict[str, float]
+    findings: list[Finding]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "learned": [x.as_dict() for x in self.learned],
+            "estimators": self.estimators,
+            "findings": [x.as_dict() for x in self.findings],
+        }
+
+
+def experiment(
+    *,
+    heads: Sequence[int] = (1, 2, 4),
+    steps: int = 2000,
+    starts: int = 2,
+    seed: int = 0,
+    task: LinearRegression | None = None,
+    on_step: OnStep = lambda heads, start, step, loss: None,
+) -> Report:
+    """Train layers with each number of heads from random starts, keep the best start, read off the patterns.
+
+    Raises ValueError unless heads, steps and starts are at least 1.
+    """
+    task = LinearRegression() if task is None else task
+    for name, value in (("steps", steps), ("starts", starts), *(("heads", h) for h in heads)):
+        check_positive(name, value)
+    learned = []
+    for h in heads:
+        runs = []
+        for start in range(starts):
+
+            def told(step: int, loss: float, h: int = h, start: int = start) -> None:
+                on_step(h, start, step, loss)
+
+            runs.append(_measure(_train(task, h, steps, seed * 1000 + start, told), task))
+        learned.append(min(runs, key=lambda run: run.loss))
+    estimators = _estimators(task)
+    return Report(learned, estimators, _findings(learned, estimators))
+
+
+def _train(
+    task: LinearRegression, heads: int, steps: int, seed: int, told: Callable[[int, float], None]
+) -> ICLAttention:
+    """Adam with a cosine decay to zero, from PyTorch's own random start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ICLAttention(task.dim + 1, heads=heads)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        pairs, query, asked = task.prompts(BATCH, generator)
+        loss = (model(query, pairs)[:, 0, 0] - asked).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        told(step + 1, float(loss.detach()))
+    return model
+
+
+@torch.no_grad()
+def _measure(model: ICLAttention, task: LinearRegression) -> Learned:
+    longer = LinearRegression(task.dim, 2 * task.length, task.noise)
+    query_key, output_value = model.circuits()
+    d = task.dim
+    mu = output_value[:, 0, d]
+    # The last row meets the zero in place of the query's y, so it is never trained.
+    block, to_y = query_key[:, :d, :d], query_key[:, :d, d]
+    omega = block.diagonal(dim1=-2, dim2=-1).mean(-1)
+    live = mu.abs() > 0.1 * mu.abs().max()
+    off = block - torch.diag_embed(omega[:, None].expand(-1, d))
+    size = omega[live].abs().max()
+    return Learned(
+        heads=model.heads,
+        loss=_test_loss(model, task),
+        loss_longer=_test_loss(model, longer),
+        omega=omega.tolist(),
+        mu=mu.tolist(),
+        off_identity=float(off[live].abs().max() / size),
+        y_in_keys=float(to_y[live].abs().max() / size),
+        x_in_values=float(output_value[:, 0, :d].abs().max() / mu.abs().max()),
+    )
+
+
+def _test_loss(model: ICLAttention, task: LinearRegression) -> float:
+    pairs, query, asked = task.prompts(TEST_PROMPTS, torch.Generator().manual_seed(TEST_SEED))
+    return float((model(query, pairs)[:, 0, 0] - asked).square().mean())
+
+
+@torch.no_grad()
+def _estimators(task: LinearRegression) -> dict[str, float]:
+    """Square errors on the prompts of the test; of gradient steps with the best rate."""
+    pairs, query, asked = task.prompts(TEST_PROMPTS, torch.Generator().manual_seed(TEST_SEED))
+    given = (pairs[..., : task.dim], pairs[..., task.dim], query[:, 0, : task.dim])
+    found = {"nothing": torch.zeros_like(asked)}
+    for name, debiased in (("gradient step", False), ("debiased gradient step", True)):
+        unit = gradient_step(*given, rate=1.0, debiased=debiased)
+        found[name] = (unit @ asked) / (unit @ unit) * unit
+    found["ridge"] = ridge(*given, noise=task.noise)
+    return {name: float((f - asked).square().mean()) for name, f in found.items()}
+
+
+def _findings(learned: list[Learned], estimators: dict[str, float]) -> list[Finding]:
+    several = [x for x in learned if x.heads > 1]
+    found = []
+    for x in several:
+        name = f"{x.heads} heads:"
+        if x.heads == 2:  # of more heads some may give little, and what they look at is then left open
+            of_identity = "query-key matrices of x are multiples of the identity"
+            found += [
+                Finding.below(f"{name} {of_identity}", x.off_identity, 0.2),
+                Finding.below(f"{name} keys do not look at y", x.y_in_keys, 0.2),
+                Finding.below(f"{name} values hold y alone", x.x_in_values, 0.1),
+            ]
+        step = x.loss / estimators["debiased gradient step"]
+        longer = x.loss_longer / x.loss
+        found += [
+            Finding.above(f"{name} heads of both signs of omega", float(min(x.omega) < 0 < max(x.omega)), 0),
+            Finding.below(f"{name} mu adds up to nothing: |sum| / sum of |mu|", x.mu_balance, 0.05),
+            Finding.below(f"{name} error / that of a debiased gradient step", step, 1.05),
+            Finding.below(f"{name} error with twice the pairs / with as many as in training", longer, 0.9),
+        ]
+    one = next((x for x in learned if x.heads == 1), None)
+    if one and several:
+        ratio = one.loss / several[0].loss
+        found.append(Finding.above(f"1 head: error / that of {several[0].heads} heads", ratio, 1.3))
+    if len(several) > 1:
+        ratio = several[0].loss / several[-1].loss
+        name = f"{several[0].heads} heads: error / that of {several[-1].heads} heads"
+        found.append(Finding.below(name, ratio, 1.03))
+    return found
