@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from heedful.bench.choices import BASELINE, Choice, parse
 from heedful.bench.ops import best_times
 from heedful.bench.process import fresh, peak_memory
 from heedful.mixers.mixer import Mixer
+from heedful.mixers.sparse.flux_attention import FluxAttention
 from heedful.ops.observe import observe
-from heedful.registry import find, index
+from heedful.registry import index
 
 DIM, HEADS = 256, 4
-LENGTHS = (2048, 8192, 32768)
 
 
 @dataclass(frozen=True)
 class Cost:
     """One mixer at one length. Times in seconds, memory in MiB.
 
-    visited: share of the pairs of dense attention that the mixer's attention calls compute, or None where
-    it makes none; its inverse is the ideal ratio.
+    visited: share of the products of dense attention, itself causal, that the mixer's attention calls
+    compute, or None where it makes none; its inverse is the ideal ratio.
     """
 
     mixer: str
@@ -70,36 +71,39 @@ def sparse_mixers() -> list[str]:
     )
 
 
-def costs(names: list[str], lengths: list[int], device: str = "cpu") -> Iterator[Cost | Failure]:
-    """Measure each mixer at each length in a process of its own; dense attention once a length."""
-    for name in names:
-        entry = find(name)
-        if entry.kind != "sequence":
-            raise ValueError(f"mixer {name!r} is of kind {entry.kind}, must be a sequence mixer")
+def costs(mixers: str, lengths: list[int], device: str = "cpu") -> Iterator[Cost | Failure]:
+    """Measure each mixer at each length in a process of its own, in turns with dense attention.
+
+    mixers: names, with arguments where wanted, as in "s2-attention,landmark-attention:retrieve=4".
+    """
+    choices = parse(mixers)
+    for choice in choices:
+        if choice.entry.kind != "sequence":
+            raise ValueError(
+                f"mixer {choice.entry.name!r} is of kind {choice.entry.kind}, must be a sequence mixer"
+            )
     for length in lengths:
-        dense = fresh(_measure, "self-attention", length, device)
-        if isinstance(dense, str):
-            raise RuntimeError(f"dense attention at {length} tokens: {dense}")
-        for name in names:
-            found = fresh(_measure, name, length, device)
-            if isinstance(found, str):
-                yield Failure(name, length, found)
-                continue
-            forward, both, memory, visited = found
-            yield Cost(name, length, forward, both, memory, dense[0], dense[1], visited)
+        for choice in choices:
+            found = fresh(_measure, choice, length, device)
+            yield Failure(choice.label, length, found) if isinstance(found, str) else found
 
 
-def build(name: str) -> Mixer:
-    """The mixer at the width of this benchmark, causal, all else its defaults."""
-    cls = find(name).load()
+def build(choice: Choice) -> Mixer:
+    """The mixer at the width of this benchmark, causal, all else its defaults or as given."""
+    cls = choice.entry.load()
     known = inspect.signature(cls).parameters
     wanted = {"heads": HEADS, "causal": True}
-    return cls(DIM, **{key: value for key, value in wanted.items() if key in known})
+    mixer = cls(DIM, **{key: value for key, value in wanted.items() if key in known} | dict(choice.given))
+    if isinstance(mixer, FluxAttention):
+        # It starts dense, and trains both of its branches: what it saves shows where it has decided.
+        with torch.no_grad():
+            mixer.router.head[-1].bias.copy_(torch.tensor([4.5, 0.0]))  # type: ignore[union-attr, operator]
+        mixer.eval()
+    return mixer
 
 
-def _measure(name: str, length: int, device: str) -> tuple[float, float, float | None, float | None]:
-    mixer = build(name).to(device)
-    x = torch.randn(1, length, DIM, device=device, requires_grad=True)
+def _steps(mixer: Mixer, x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A forward pass without gradients; a forward and a backward pass."""
     leaves = [x, *(p for p in mixer.parameters() if p.requires_grad)]
 
     def forward() -> object:
@@ -110,10 +114,23 @@ def _measure(name: str, length: int, device: str) -> tuple[float, float, float |
         loss = mixer(x).sum() + sum(mixer.aux_losses.values())
         return torch.autograd.grad(loss, leaves, allow_unused=True)
 
-    memory = peak_memory(both, device)
+    return forward, both
+
+
+def _products(forward: Callable[[], object]) -> float:
     with observe() as visits:
         forward()
-    dense = 2.0 * length * length * DIM
-    visited = sum(v.products for v in visits) / dense if visits else None
-    times = best_times([forward, both], 1 if length > 8192 else 3, device)
-    return times[0], times[1], memory, None if visited is None or math.isnan(visited) else visited
+    return sum(visit.products for visit in visits)
+
+
+def _measure(choice: Choice, length: int, device: str) -> Cost:
+    x = torch.randn(1, length, DIM, device=device, requires_grad=True)
+    forward, both = _steps(build(choice).to(device), x)
+    memory = peak_memory(both, device)
+    dense_forward, dense_both = _steps(build(parse(BASELINE)[0]).to(device), x)
+    products = _products(forward)
+    visited = products / _products(dense_forward) if products else None
+    # One step after the other, so that all see the same machine.
+    steps = [forward, dense_forward, both, dense_both]
+    times = best_times(steps, 1 if length > 8192 else 3, device)
+    return Cost(choice.label, length, times[0], times[2], memory, times[1], times[3], visited)

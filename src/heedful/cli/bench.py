@@ -35,7 +35,11 @@ def _ops(
         bool, typer.Option("--mechanisms", help="Measure whole mixers instead of patterns.")
     ] = False,
     mixers: Annotated[
-        str | None, typer.Option(help="With --mechanisms: comma-separated names; default: sparse and linear.")
+        str | None,
+        typer.Option(
+            help="With --mechanisms: names, with arguments where wanted: superlinear,moa:beta=0.25; "
+            "default: sparse and linear."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     flex: Annotated[
@@ -51,7 +55,7 @@ def _ops(
     except ValueError:
         fail(f"lengths is {lengths!r}, must be whole numbers with commas between, e.g. 4096,16384")
     if mechanisms:
-        _mechanisms(mixers.split(",") if mixers else None, sizes, device, json_file)
+        _mechanisms(mixers, sizes, device, json_file)
         return
     names = patterns.split(",") if patterns else [*ops.PATTERNS]
     console = Console()
@@ -96,10 +100,10 @@ def _ops(
         )
 
 
-def _mechanisms(names: list[str] | None, sizes: list[int], device: str, json_file: Path | None) -> None:
+def _mechanisms(names: str | None, sizes: list[int], device: str, json_file: Path | None) -> None:
     from heedful.bench import mechanisms as bench
 
-    names = bench.sparse_mixers() if names is None else names
+    names = ",".join(bench.sparse_mixers()) if names is None else names
     console = Console()
     found = []
     try:
