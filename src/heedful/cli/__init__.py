@@ -15,6 +15,8 @@ _MODULES = {
     "list": "heedful.cli.list",
     "show": "heedful.cli.show",
     "bench": "heedful.cli.bench",
+    "models": "heedful.cli.models",
+    "export": "heedful.cli.models",
 }
 
 

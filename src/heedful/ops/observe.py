@@ -46,6 +46,8 @@ def observe() -> Iterator[list[Visit]]:
 
 def note(call: Call) -> None:
     """Tell the observer, if there is one, of a call."""
+    if torch.compiler.is_compiling():  # a context variable would break the graph
+        return
     visits = _observer.get()
     if visits is None:
         return
