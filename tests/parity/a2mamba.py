@@ -1,23 +1,19 @@
-"""A2Mamba: the authors' mixers, whose position tables are inputs of the call, and their neighborhoods."""
+"""A2Mamba: the authors' mixers, whose position tables are inputs, their neighborhoods and their model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from heedful import authors
 from heedful.authors import load
 from heedful.mixers.scan.a2mamba import (
     A2MambaGlobalAttention,
     AttentionAugmentedSSM,
     MultiScaleAttentionAugmentedSSM,
 )
+from heedful.models.a2mamba import A2Mamba
 from heedful.ops.neighborhood import NeighborhoodMap, neighbors
-from tests.parity.harness import Tensors, adapter
-
-
-def _completed(mixer: MultiScaleAttentionAugmentedSSM, params: Tensors) -> Tensors:
-    """The file leaves out the counter of the batch norm, which holds nothing learned."""
-    counter = "num_batches_tracked"
-    return {**params, f"gate.1.{counter}": mixer.state_dict()[f"gate_norm.{counter}"]}
+from tests.parity.harness import Tensors, adapter, with_counters
 
 
 @adapter("a2mamba-mass", "a2mamba-mass-h4")
@@ -25,7 +21,7 @@ def mass(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
     mixer = MultiScaleAttentionAugmentedSSM(
         config["embed_dim"], heads=config["num_heads"], window=config["window_size"]
     )
-    return {"y": load(mixer, _completed(mixer, params)).eval()(inputs["x"])}
+    return {"y": load(mixer, with_counters(params)).eval()(inputs["x"])}
 
 
 @adapter("a2mamba-global")
@@ -34,7 +30,7 @@ def whole(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
     mixer = A2MambaGlobalAttention(
         config["embed_dim"], heads=config["num_heads"], window=config["window_size"], size=(height, width)
     )
-    return {"y": load(mixer, _completed(mixer, params)).eval()(inputs["x"])}
+    return {"y": load(mixer, with_counters(params)).eval()(inputs["x"])}
 
 
 @adapter("a2mamba-a2ssm-noattn")
@@ -59,3 +55,23 @@ def neighborhood(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
         "index_7_3_2": index,
         "rpbindex_7_3_2": offset + window - 1,
     }
+
+
+@adapter("a2mamba")
+def model(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
+    scaled = [a or b for a, b in zip(config["layerscales"], config["resscales"], strict=True)]
+    made = A2Mamba(
+        classes=config["num_classes"],
+        depths=config["depths"],
+        dims=config["embed_dims"],
+        heads=config["num_heads"],
+        windows=config["window_size"],
+        mlp_ratios=config["mlp_ratios"],
+        projection=config["projection"],
+        scale=[1.0 if stage else None for stage in scaled],
+        scale_path=["trunk" if stage else "branch" for stage in config["resscales"]],
+        image_size=config["image_size"],
+    )
+    authors.load(made, with_counters(params)).eval()
+    maps = made.features(inputs["x"])
+    return {"y": made(inputs["x"]), **{f"stage{i}": y for i, y in enumerate(maps)}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from heedful.authors.table import Table
+from heedful.authors.table import Table, inside
 
 
 def _layouts(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -39,7 +39,53 @@ _MASS = (
     *((rf"ssm\.{theirs}", f"ssm.{ours}") for theirs, ours in _SSM),
 )
 
+_MIXER = Table(rename=_MASS, drop=(r"rpb\.1",), relayout=_layouts)
+
+
+def _model(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scales and the head stand there as convolutions."""
+    flat = {
+        name: t.flatten() if name.endswith((".scale1.weight", ".scale2.weight")) else t
+        for name, t in state.items()
+    }
+    if "head.weight" in flat:
+        flat["head.weight"] = flat["head.weight"].flatten(1)
+    return inside(r"stages\.\d+\.\d+\.mixer\.", _MIXER)(flat)
+
+
+def _block(stage: int) -> tuple[tuple[str, str], ...]:
+    there, here = rf"layers\.{2 * stage}\.blocks\.(\d+)\.", rf"stages.{stage}.\1."
+    return (
+        (there + r"token_mixer\.(.*)", here + r"mixer.\2"),
+        (there + r"cpe([12])\.(.*)", here + r"positions\2.\3"),
+        (there + r"layer_scale([12])\.(.*)", here + r"scale\2.\3"),
+        (there + r"(.*)", here + r"\2"),
+    )
+
+
+_PARTS = ("conv", "norm")
+
 TABLES = {
     "AttentionAugmentedSSM": Table(rename=_SSM, relayout=_layouts),
-    "MultiScaleAttentionAugmentedSSM": Table(rename=_MASS, drop=(r"rpb\.1",), relayout=_layouts),
+    "MultiScaleAttentionAugmentedSSM": _MIXER,
+    "A2Mamba": Table(
+        rename=(
+            *(
+                (rf"patch_embed\.{3 * i + j}\.(.*)", rf"downsample.0.{2 * i}.{part}.\1")
+                for i in range(4)
+                for j, part in enumerate(_PARTS)
+            ),
+            *(
+                (rf"layers\.{2 * stage - 1}\.{j}\.(.*)", rf"downsample.{stage}.{part}.\1")
+                for stage in (1, 2, 3)
+                for j, part in enumerate(_PARTS)
+            ),
+            *(pair for stage in range(4) for pair in _block(stage)),
+            (r"classifier\.0\.(.*)", r"proj.\1"),
+            (r"classifier\.1\.(.*)", r"norm.\1"),
+            (r"classifier\.4\.(.*)", r"head.\1"),
+        ),
+        drop=(r"layers\.\d+\.rope\.angle",),
+        relayout=_model,
+    ),
 }

@@ -40,3 +40,21 @@ class Table:
             if found := re.fullmatch(pattern, theirs):
                 return found.expand(replacement)
         return theirs
+
+
+def inside(prefix: str, table: Table) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """A relayout for a model: `table`, of one of its modules, behind every match of `prefix`."""
+
+    def relayout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        ours: dict[str, Tensor] = {}
+        modules: dict[str, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if found := re.match(prefix, name):
+                modules.setdefault(found[0], {})[name[found.end() :]] = value
+            else:
+                ours[name] = value
+        for place, theirs in modules.items():
+            ours.update({place + name: value for name, value in table.apply(theirs).items()})
+        return ours
+
+    return relayout
