@@ -33,7 +33,7 @@ class CCAState(KVState):
     """Compressed keys and values, what the convolutions still need, and the last token's delayed values."""
 
     columns: Float[Tensor, "b t channels"] | None = None  # the last inputs of the convolutions
-    delayed: Float[Tensor, "b 1 e"] | None = None
+    delayed: Float[Tensor, "b 1 half"] | None = None
 
 
 @register(

@@ -120,7 +120,7 @@ class MixtureOfHeadLlamaAttention(Mixer):
             rearrange(y, "b n (h d) -> b h n d", d=self.head_dim)
             for y in (self.query(x), self.key(x), self.value(x))
         )
-        on, loss = self.switch(x, mask=mask)
+        on, loss = self.switch(x, query, mask=mask)
         self.aux_losses = (
             {"load_balance": self.load_balance * loss} if self.training and loss is not None else {}
         )
@@ -139,15 +139,22 @@ class MixtureOfHeadLlamaAttention(Mixer):
         return y if state is None else (y, state)
 
     def switch(
-        self, x: Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
+        self,
+        x: Float[Tensor, "b n c"],
+        query: Float[Tensor, "b h n d"],
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
     ) -> tuple[Bool[Tensor, "b n h"], Float[Tensor, ""] | None]:
         """Which heads are on for each token, and the loss of an uneven choice."""
         shared = torch.ones(*x.shape[:2], self.shared_heads, dtype=torch.bool, device=x.device)
         if not self.routed_heads:
             return shared, None
         # 1. Lengths of the queries of the heads to choose from.
-        rows = self.query.weight[self.shared_heads * self.head_dim :]
-        length = wide_linear(x, rows).unflatten(-1, (-1, self.head_dim)).norm(dim=-1)
+        routed = rearrange(query[:, self.shared_heads :], "b h n d -> b n h d")
+        if query.dtype in (torch.float16, torch.bfloat16):  # its rounding must not decide
+            rows = self.query.weight[self.shared_heads * self.head_dim :]
+            routed = wide_linear(x, rows).unflatten(-1, (-1, self.head_dim))
+        length = routed.norm(dim=-1)
         # 2. The longest are on.
         taken = chosen(length, self.routed_heads)
         # 3. Probabilities for the loss; a single head has no deviation.
