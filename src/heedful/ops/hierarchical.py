@@ -179,25 +179,25 @@ def causal_hierarchical_attention(
     check_mask("mask", mask, b, n)
     scale = d**-0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)
-    width = branching
-    while width < n:
-        width *= branching
-    count = F.pad(_counts(mask, b, n, query.to(wide)), (0, width - n))[..., None]
-    q_mean, k_mean, y = (F.pad(x.to(wide), (0, 0, 0, width - n)) for x in (query, key, value))
-    v_mean = y
+    count = _counts(mask, b, n, query.to(wide))[..., None]
+    q_mean, k_mean, v_mean = (x.to(wide) for x in (query, key, value))
+    y = v_mean
     inside = (q_mean * k_mean).sum(-1, keepdim=True) * scale
     earlier = torch.ones(branching, branching, dtype=torch.bool, device=query.device).tril(-1)
 
     inner = 1  # leaves of a child
-    while inner < width:
+    while inner == 1 or inner < n:
         # Per leaf i: (b, h, parents, children, leaves of a child, .), the child being the one that holds i.
-        shape = (-1, branching, inner)
-        q, own, mine, y = (x.unflatten(2, shape) for x in (q_mean, inside, count, y))
-        k, v = (x.unflatten(2, (-1, branching)) for x in (k_mean, v_mean))
+        nodes = k_mean.shape[2]
+        children = min(nodes, branching)
+        more = -nodes % children  # children without leaves
+        q, own, mine, y = (_more(x, more * inner) for x in (q_mean, inside, count, y))
+        q, own, mine, y = (x.unflatten(2, (-1, children, inner)) for x in (q, own, mine, y))
+        k, v = (_more(x, more).unflatten(2, (-1, children)) for x in (k_mean, v_mean))
         size = mine[..., -1, :]  # whole children
         logits = torch.einsum("bhpcld,bhpsd->bhpcls", q, k) * scale
         logits = logits + size.clamp(min=1).log()[..., None, None, :, 0]
-        seen = earlier[:, None, :] & (size > 0)[..., None, None, :, 0]
+        seen = earlier[:children, None, :children] & (size > 0)[..., None, None, :, 0]
         logits = torch.cat([logits.masked_fill(~seen, -torch.inf), own], dim=-1)
         weights, log_z = _softmax(logits, None)
         y = torch.einsum("bhpcls,bhpsd->bhpcld", weights[..., :-1], v) + weights[..., -1:] * y
@@ -215,6 +215,11 @@ def causal_hierarchical_attention(
         q_mean, inside, count, y = (x.flatten(2, 4) for x in (q_mean, inside, count, y))
         inner *= branching
     return y[:, :, :n].to(query.dtype)
+
+
+def _more(x: Tensor, more: int) -> Tensor:
+    """x with that many further zeros on axis 2."""
+    return F.pad(x, (0, 0, 0, more)) if more else x
 
 
 def _counts(mask: Tensor | None, b: int, n: int, like: Tensor) -> Float[Tensor, "b 1 n"]:
