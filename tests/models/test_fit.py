@@ -11,6 +11,7 @@ from torch import nn
 
 from heedful.models.fit import FIT
 from heedful.models.fit_ar import FITAR
+from heedful.models.fit_denoiser import FITDenoiser
 from heedful.models.fit_stage import parse_layers
 
 T, N, M, D, E = 4, 3, 2, 12, 8  # groups, tokens and latents a group, widths
@@ -64,7 +65,7 @@ def cross(x, source, part, heads):
     return x + part.out(mixed)
 
 
-def transcribed(trunk, x, causal, autoregressive):
+def transcribed(trunk, x, causal, autoregressive, given=None):
     """x (t, n, d) of one row, already embedded; groups and latents one by one."""
     groups = [x[g] + trunk.place for g in range(len(x))]
     latents = [trunk.latents[g] for g in range(len(x))]
@@ -77,12 +78,14 @@ def transcribed(trunk, x, causal, autoregressive):
         if stage.read is not None:
             latents = [cross(z, g, stage.read, 2) for z, g in zip(latents, groups, strict=True)]
             z = torch.cat(latents)
+            if given is not None:
+                z = cross(z, given, stage.condition, 2)
             for block in stage.overall.blocks:
                 z = layer(z, block, 2, (lambda i, j: j // M <= i // M) if causal else (lambda i, j: True))
             latents = list(z.split(M))
         if stage is not trunk.stages[-1]:
-            given = [torch.zeros_like(latents[0]), *latents[:-1]] if autoregressive else latents
-            groups = [cross(g, z, stage.write, 2) for g, z in zip(groups, given, strict=True)]
+            own = [torch.zeros_like(latents[0]), *latents[:-1]] if autoregressive else latents
+            groups = [cross(g, z, stage.write, 2) for g, z in zip(groups, own, strict=True)]
     return torch.stack(groups), torch.stack(latents)
 
 
@@ -115,6 +118,65 @@ def test_fit_ar_is_its_equations_and_so_are_its_gradients():
     ours, theirs = (torch.autograd.grad((v**3).sum(), parameters) for v in (logits, wanted))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12 + 1e-7 * float(b.abs().max()))
+
+
+def test_the_denoiser_is_its_equations():
+    model = shaken(FITDenoiser(5, D, layers="(1)1(1)1", **SIZES))
+    torch.manual_seed(1)
+    x, time = torch.randn(2, T, N, 5, dtype=torch.float64), torch.tensor([0.25, 0.9], dtype=torch.float64)
+    condition = torch.randn(2, 3, E, dtype=torch.float64)
+    y, latents = model(x, time, condition=condition)
+    for row in range(2):
+        # A quarter of 8 channels: the frequencies are 1000 alone.
+        waves = torch.stack([(1000 * time[row]).sin(), (1000 * time[row]).cos()])
+        waves = (waves - waves.mean()) / ((waves - waves.mean()) ** 2).mean().sqrt()
+        hidden = model.time.wide(waves)
+        token = model.time.out(hidden * hidden.sigmoid())
+        given = torch.cat([token[None], condition[row]])
+        tokens, z = transcribed(model.trunk, norm(model.stem(x[row]), model.stem_norm), False, False, given)
+        torch.testing.assert_close(y[row], model.out(norm(tokens, model.norm)), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(latents[row], z, rtol=1e-9, atol=1e-9)
+    assert (model(x, time)[0] - y).abs().max() > 1e-3
+    assert count(model) == (
+        count(FIT(5, D, layers="(1)1(1)1", **SIZES))
+        - 2 * E  # no norm of the latents
+        + (D * 5 + 5)
+        + (2 * E + E)
+        + (E * E + E)
+        + 2 * (4 * (E * E + E) + 4 * E)
+    )
+
+
+def test_the_frequencies_of_time():
+    model = FITDenoiser(5, 16, layers="(1)1(1)", groups=2, group_size=2, latents=1, latent_dim=32, heads=4)
+    seen = []
+    model.time.wide.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model.time(torch.tensor([0.3]))
+    angles = torch.tensor([300.0 * 10000 ** (-j / 4) for j in range(4)])
+    waves = torch.cat([angles.sin(), angles.cos()])
+    wanted = (waves - waves.mean()) / waves.var(correction=0).sqrt()
+    torch.testing.assert_close(seen[0][0], wanted, rtol=1e-3, atol=1e-4)  # float32 angles of 300
+
+
+def test_the_denoiser_learns():
+    torch.manual_seed(0)
+    model = FITDenoiser(4, 16, layers="(1)1(1)", groups=2, group_size=4, latents=2, heads=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    data = torch.randn(4, 2, 4, 4)
+    losses = []
+    for step in range(60):
+        time, noise = torch.rand(16), torch.randn(16, 2, 4, 4)
+        share = time[:, None, None, None]
+        clean = data[torch.randint(4, (16,))]
+        loss = (model((1 - share).sqrt() * clean + share.sqrt() * noise, time)[0] - noise).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        optimizer.step()
+    assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:5]) / 5
 
 
 def test_permuted_groups_give_permuted_outputs():
@@ -252,6 +314,11 @@ def test_errors():
         (lambda: model.generate(long[:, :10], 5), "ids reaches 13 tokens, must be at most 12"),
         (lambda: model(long[0]), r"ids has shape \(13,\), must be \(batch, tokens\)"),
         (lambda: model.generate(long[:, :0], 5), "ids has no tokens"),
+        (
+            lambda: FITDenoiser(5, D, groups=2, group_size=2, latents=1, heads=3),
+            "latent_dim is 12, must be a",
+        ),
+        (lambda: FITDenoiser(5, D, **SIZES)(torch.zeros(1, T, N, 5), torch.zeros(2)), "time has shape"),
         (lambda: FIT(5, D, layers="2(4)", **SIZES), "layers is '2\\(4\\)', must be written like"),
         (lambda: FIT(5, D, layers="(1)0(2)", **SIZES), "must have global layers in every stage but the last"),
         (lambda: FIT(5, D, layers="(1)1(1)", **{**SIZES, "heads": 5}), "heads is 5, must divide dim"),

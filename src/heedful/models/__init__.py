@@ -18,6 +18,7 @@ _LAZY = {
     "Encoder": "heedful.models.encoder",
     "FIT": "heedful.models.fit",
     "FITAR": "heedful.models.fit_ar",
+    "FITDenoiser": "heedful.models.fit_denoiser",
     "create": "heedful.models.named",
     "find": "heedful.models.named",
     "list": "heedful.models.named",

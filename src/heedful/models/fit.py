@@ -31,6 +31,7 @@ class Trunk(nn.Module):
         mlp_ratio: int,
         causal: bool,
         local_causal: bool,
+        conditioned: bool = False,
         made: Made,
     ) -> None:
         super().__init__()
@@ -52,18 +53,20 @@ class Trunk(nn.Module):
                 causal=causal,
                 local_causal=local_causal,
                 written=i + 1 < len(pairs),
+                conditioned=conditioned,
                 made=made,
             )
             for i, pair in enumerate(pairs)
         )
 
     def forward(
-        self, x: Float[Tensor, "b t n c"]
+        self, x: Float[Tensor, "b t n c"], given: Float[Tensor, "b k d"] | None = None
     ) -> tuple[Float[Tensor, "b t n c"], Float[Tensor, "b t m d"]]:
+        """given: the tokens that the latents read, where they are conditioned."""
         x = x + self.place
         latents = self.latents[: x.shape[1]].expand(len(x), -1, -1, -1)
         for stage in self.stages:
-            x, latents = stage(x, latents)
+            x, latents = stage(x, latents, given)
         return x, latents
 
 

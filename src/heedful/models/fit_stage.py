@@ -105,7 +105,8 @@ class StageState:
 class Stage(nn.Module):
     """Local layers, latents read their group, global layers, and the groups read their latents.
 
-    written   whether the groups read the latents (all stages but the last)
+    written      whether the groups read the latents (all stages but the last)
+    conditioned  whether all latents read tokens that are given, before the global layers
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Stage(nn.Module):
         causal: bool,
         local_causal: bool,
         written: bool,
+        conditioned: bool,
         made: Made,
     ) -> None:
         super().__init__()
@@ -134,7 +136,7 @@ class Stage(nn.Module):
             see="before" if local_causal else "all",
             made=made,
         )
-        self.read = self.overall = self.write = None
+        self.read = self.overall = self.write = self.condition = None
         if depth[1]:
             self.read = CrossAttention(latent_dim, dim, heads=both, made=made)
             self.overall = Layers(
@@ -145,24 +147,31 @@ class Stage(nn.Module):
                 see=str(latents) if causal else "all",
                 made=made,
             )
+            if conditioned:
+                self.condition = CrossAttention(latent_dim, latent_dim, heads=latent_heads, made=made)
         if written:
             self.write = CrossAttention(dim, latent_dim, heads=both, made=made)
         self.local_causal = local_causal
 
     def forward(
-        self, x: Float[Tensor, "b t n c"], latents: Float[Tensor, "b t m d"]
+        self,
+        x: Float[Tensor, "b t n c"],
+        latents: Float[Tensor, "b t m d"],
+        given: Float[Tensor, "b k d"] | None = None,
     ) -> tuple[Float[Tensor, "b t n c"], Float[Tensor, "b t m d"]]:
         b, t = x.shape[:2]
         x = self.local(x.flatten(0, 1))[0]
         if self.read is not None and self.overall is not None:
             latents = self.read(latents.flatten(0, 1), x)
             latents = rearrange(latents, "(b t) m d -> b (t m) d", b=b)
+            if self.condition is not None:
+                latents = self.condition(latents, given)
             latents = rearrange(self.overall(latents)[0], "b (t m) d -> b t m d", t=t)
         if self.write is not None:
-            given = latents
+            own = latents
             if self.local_causal:  # a group reads the group before it, the first one zeros
-                given = torch.cat([torch.zeros_like(latents[:, :1]), latents[:, :-1]], dim=1)
-            x = self.write(x, given.flatten(0, 1))
+                own = torch.cat([torch.zeros_like(latents[:, :1]), latents[:, :-1]], dim=1)
+            x = self.write(x, own.flatten(0, 1))
         return x.unflatten(0, (b, t)), latents
 
     def start(self) -> StageState:
