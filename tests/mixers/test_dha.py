@@ -85,8 +85,8 @@ def test_decoding_keeps_both_kinds_of_heads():
 def test_parameters_and_default_maps():
     mixer = DecoupledHeadAttention(64, heads=8, key_heads=3)
     assert sum(p.numel() for p in mixer.parameters()) == 2 * 64 * 64 + (3 + 2) * 8 * 64
-    assert mixer.key_of.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert mixer.value_of.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert mixer.key_map == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert mixer.value_map == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 # Fusion.

@@ -94,8 +94,6 @@ class DecoupledHeadAttention(Mixer):
         "value_heads": 3,
         "key_map": (0, 1, 1, 0),
     }
-    key_of: Tensor
-    value_of: Tensor
 
     def __init__(
         self,
@@ -126,9 +124,8 @@ class DecoupledHeadAttention(Mixer):
         self.heads, self.key_heads, self.value_heads = heads, key_heads, value_heads
         self.head_dim, self.rotary_base = head_dim, rotary_base
         self.causal, self.dropout = causal, dropout
-        for name, count, given in (("key", key_heads, key_map), ("value", value_heads, value_map)):
-            found = torch.tensor(_checked_map(name, count, given, heads), device=device)
-            self.register_buffer(f"{name}_of", found, persistent=False)
+        self.key_map = _checked_map("key", key_heads, key_map, heads)
+        self.value_map = _checked_map("value", value_heads, value_map, heads)
         factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.query = nn.Linear(dim, heads * head_dim, **factory)
         self.key = nn.Linear(dim, key_heads * head_dim, **factory)
@@ -173,8 +170,8 @@ class DecoupledHeadAttention(Mixer):
         # Kernels read keys and values in the same groups: each query head gets its own view of both.
         heads = attention(
             query,
-            key.index_select(1, self.key_of),
-            value.index_select(1, self.value_of),
+            key.index_select(1, torch.tensor(self.key_map, device=x.device)),
+            value.index_select(1, torch.tensor(self.value_map, device=x.device)),
             pattern=Causal() if self.causal else None,
             key_mask=seen,
             dropout_p=self.dropout if self.training else 0.0,
