@@ -10,8 +10,9 @@ from heedful.mixers.heads.gated_attention import GatedAttention
 CASES = [
     (gate, position)
     for position in ("output", "value", "key", "query", "final")
-    for gate in ("elementwise", "headwise")
+    for gate in ("elementwise", "headwise", "shared", "constant")
     if not (gate == "headwise" and position in ("key", "query", "final"))
+    and not (gate == "shared" and position == "final")
 ]
 
 
@@ -28,7 +29,18 @@ def literal(mixer, x, gate, position, causal, qk_norm=True, rotary=True):
     t = x.shape[1]
     heads, groups, d = mixer.heads, mixer.kv_heads, mixer.head_dim
     n, width = heads // groups, 1 if gate == "headwise" else d
-    inside = width if position == "output" else 0
+    inside = width if position == "output" and gate in ("elementwise", "headwise") else 0
+    act = {
+        "sigmoid": lambda z, g: z / (1 + (-g).exp()),
+        "silu": lambda z, g: z * g / (1 + (-g).exp()),
+        "ns-sigmoid": lambda z, g: z * (0.5 + 0.5 / (1 + (-g).exp())),
+        "additive": lambda z, g: z + g / (1 + (-g).exp()),
+    }[mixer.gate_form]
+
+    def logits_of(h):
+        if gate == "constant":
+            return mixer.gate_logits[h]
+        return rows(mixer.gate, 0, d) if gate == "shared" else rows(mixer.gate, h * width, width)
 
     def rows(layer, first, count):
         bias = 0 if layer.bias is None else layer.bias[first : first + count]
@@ -49,11 +61,11 @@ def literal(mixer, x, gate, position, causal, qk_norm=True, rotary=True):
         q = rows(mixer.query, start + place * d, d)
         k, v = rows(mixer.key, g * d, d), rows(mixer.value, g * d, d)
         if position == "query":
-            q = q * rows(mixer.gate, h * width, width).sigmoid()
+            q = act(q, logits_of(h))
         if position == "key":
-            k = k * rows(mixer.gate, g * width, width).sigmoid()
+            k = act(k, logits_of(g))
         if position == "value":
-            v = v * rows(mixer.gate, g * width, width).sigmoid()
+            v = act(v, logits_of(g))
         if qk_norm:
             q, k = norm(q, mixer.query_norm.weight), norm(k, mixer.key_norm.weight)
         if rotary:
@@ -63,10 +75,12 @@ def literal(mixer, x, gate, position, causal, qk_norm=True, rotary=True):
             logits = logits.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -torch.inf)
         o = logits.softmax(-1) @ v
         if position == "output":
-            o = o * rows(mixer.query, start + n * d + place * width, width).sigmoid()
+            o = act(o, rows(mixer.query, start + n * d + place * width, width) if inside else logits_of(h))
         outs.append(o)
     y = mixer.out(torch.cat(outs, -1))
-    return y * mixer.gate(x).sigmoid() if position == "final" else y
+    if position == "final":
+        y = act(y, mixer.gate_logits if gate == "constant" else mixer.gate(x))
+    return y
 
 
 def same_with_gradients(mixer, ours, expected, x):
@@ -84,6 +98,16 @@ def test_equals_the_card(gate, position, causal):
     mixer = build(gate=gate, gate_position=position, causal=causal, qkv_bias=True)
     x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
     same_with_gradients(mixer, mixer(x), literal(mixer, x, gate, position, causal), x)
+
+
+@pytest.mark.parametrize("form", ["silu", "ns-sigmoid", "additive"])
+@pytest.mark.parametrize(
+    ("gate", "position"), [("elementwise", "output"), ("headwise", "value"), ("shared", "key")]
+)
+def test_other_forms_equal_the_card(gate, position, form):
+    mixer = build(gate=gate, gate_position=position, gate_form=form)
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    same_with_gradients(mixer, mixer(x), literal(mixer, x, gate, position, True), x)
 
 
 @pytest.mark.parametrize("position", ["query", "key"])
@@ -123,6 +147,8 @@ def test_extra_parameters_of_the_papers_dense_model():
 
     assert count("headwise") - count(None) == 32_768
     assert count("elementwise") - count(None) == 4_194_304
+    assert count("shared") - count(None) == 2048 * 128
+    assert count("constant") - count(None) == 2048
     assert count(None) == 2 * 2048 * 2048 + 2 * 2048 * 1024 + 2 * 128
 
 
@@ -153,6 +179,10 @@ def test_pieces_equal_the_whole(gate, position):
 def test_door():
     with pytest.raises(ValueError, match="gate is 'headwise', must be 'elementwise' at 'final'"):
         GatedAttention(16, gate="headwise", gate_position="final")
+    with pytest.raises(ValueError, match="gate is 'shared', must be 'elementwise' at 'final'"):
+        GatedAttention(16, gate="shared", gate_position="final")
+    with pytest.raises(ValueError, match="gate_form is 'relu'"):
+        GatedAttention(16, gate_form="relu")
     with pytest.raises(ValueError, match="undoes"):
         GatedAttention(16, gate="headwise", gate_position="key")
     with pytest.raises(ValueError, match="gate is 'soft'"):
