@@ -54,7 +54,7 @@ class GatedAttention(Mixer):
     kv_heads       key and value heads, a divisor of `heads`; None: as many as `heads`
     head_dim       channels a head, d; None: dim / heads
     gate           "elementwise": one number a channel of a head; "headwise": one number a head; "shared": one
-                   number a channel, the same for all heads; "constant": learned numbers, which no token moves;
+                   number a channel, the same for all heads; "constant": learned numbers, not of the token;
                    None: no gate
     gate_position  what is gated: "output" of each head (the paper's choice, G1), the "value" (G2), "key"
                    (G3) or "query" (G4) right after its projection, or "final", what leaves W_o (G5)
