@@ -167,6 +167,48 @@ def test_pattern_in_other_backends(backend):
     )
 
 
+def test_a_pretrained_layer_under_the_pattern_is_this_layer():
+    """The training-free form: the pattern inside a model of transformers, and its weights in this layer."""
+    transformers = pytest.importorskip("transformers")
+    import heedful.hf
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=12,
+        intermediate_size=10,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 50.0},
+    )
+    model = transformers.LlamaModel(config).double().eval()
+    model.set_attn_implementation("heedful")
+    x = torch.randn(2, N, 12, dtype=torch.float64)
+    with torch.no_grad(), heedful.hf.use_pattern(p.Composite(4)):
+        expected = model(inputs_embeds=x).last_hidden_state
+    names = {
+        "self_attn.q_proj": "query",
+        "self_attn.k_proj": "key",
+        "self_attn.v_proj": "value",
+        "self_attn.o_proj": "out",
+        "mlp.gate_proj": "ffn.gate",
+        "mlp.up_proj": "ffn.up",
+        "mlp.down_proj": "ffn.down",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    y = x
+    for layer in model.layers:
+        weights = layer.state_dict()
+        ours = CompositeAttentionLayer(12, heads=6, kv_heads=2, hidden=10, rotary_base=50.0).double()
+        ours.load_state_dict({f"{b}.weight": weights[f"{a}.weight"] for a, b in names.items()}, strict=True)
+        y = ours(y, visual=(torch.arange(N) < 4).expand(2, N))
+    # transformers turns queries and keys in float32
+    torch.testing.assert_close(model.norm(y), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_parameters_are_those_of_the_plain_layer():
     layer = CompositeAttentionLayer(64, heads=8, kv_heads=2, hidden=80, device="meta")
     assert sum(q.numel() for q in layer.parameters()) == 2 * 64 * 64 + 2 * 64 * 16 + 3 * 64 * 80 + 2 * 64

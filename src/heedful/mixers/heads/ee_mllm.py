@@ -35,7 +35,7 @@ _GROUP = 128  # text queries computed together
     "ee-mllm",
     kind="sequence",
     paper="ee-mllm",
-    tags=("heads", "softmax", "sparse", "multimodal"),
+    tags=("heads", "softmax", "multimodal"),
     aliases=("composite-attention",),
     causal="always",
     decode=True,
