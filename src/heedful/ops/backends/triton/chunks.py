@@ -186,17 +186,16 @@ def channel_gradients(
     dq, dk = own * k, own * q
     dg = tl.zeros([C, PAD], tl.float32)
     for level in tl.static_range(LEVELS):
-        WIDTH: tl.constexpr = 1 << level
-        since, until = halves(base, start, local, stride, column, n, D, WIDTH)
-        pairs = tl.where(across(local, WIDTH), dscores, 0.0).to(q.dtype)
+        since, until = halves(base, start, local, stride, column, n, D, 1 << level)
+        pairs = tl.where(across(local, 1 << level), dscores, 0.0).to(q.dtype)
         one = dot(pairs, (k * until).to(k.dtype), None, PRECISION) * since
         other = dot(tl.trans(pairs), (q * since).to(q.dtype), None, PRECISION) * until
         dq += one
         dk += other
         one, other = one * q, other * k
-        if WIDTH == 1:
+        if level == 0:
             dg += one
         else:
-            dg += in_blocks(one, C // WIDTH, WIDTH, PAD, True)
-            dg += in_blocks(other, C // WIDTH, WIDTH, PAD, False) - other
+            dg += in_blocks(one, C >> level, 1 << level, PAD, True)
+            dg += in_blocks(other, C >> level, 1 << level, PAD, False) - other
     return dq, dk, dg

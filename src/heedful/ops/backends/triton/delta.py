@@ -21,7 +21,7 @@ WIDEST = 256  # channels of a key: a program of `write` holds all of them
 # Rows (channels of keys) and columns (of values) of a tile, warps, stages; by kernel and bytes of a factor.
 _TILES = {
     ("solve", 2): [Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 2)],
-    ("solve", 4): [Config(32, 32, 4, 2), Config(32, 32, 8, 1)],
+    ("solve", 4): [Config(32, 32, 4, 2), Config(32, 32, 4, 1)],
     ("write", 2): [Config(16, 32, 4, 2), Config(16, 64, 4, 2), Config(16, 64, 8, 2), Config(16, 16, 4, 2)],
     ("write", 4): [Config(16, 32, 4, 1), Config(16, 16, 4, 1)],
     ("write_back", 2): [Config(16, 32, 4, 2), Config(16, 64, 8, 2), Config(16, 16, 4, 2)],

@@ -19,19 +19,31 @@ from heedful.ops.once import differentiable_once
 
 CHUNK = 64  # tokens of a chunk, a power of two
 
-# Rows (channels of keys) and columns (of values) of a tile, warps, stages; by kernel and bytes of a factor.
+# Rows (channels of keys) and columns (of values) of a tile, warps, stages; by kernel, bytes of a factor, and
+# whether channels decay apart. The first serves where nothing is measured.
 _TILES = {
-    ("states", 2): [Config(64, 64, 4, 3), Config(32, 64, 4, 3), Config(32, 32, 2, 3), Config(128, 64, 8, 2)],
-    ("states", 4): [Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(64, 64, 4, 1)],
-    ("mix", 2): [Config(64, 64, 4, 2), Config(64, 128, 8, 2), Config(128, 128, 8, 1), Config(64, 128, 4, 2)],
-    ("mix", 4): [Config(32, 64, 4, 2), Config(64, 64, 8, 1), Config(32, 32, 4, 1)],
-    ("gradients", 2): [
-        Config(64, 64, 4, 2),
+    ("states", 2, False): [
+        Config(64, 64, 4, 3),
+        Config(32, 64, 4, 3),
+        Config(32, 32, 2, 3),
+        Config(128, 64, 8, 2),
+    ],
+    ("states", 2, True): [Config(64, 64, 8, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 1)],
+    ("states", 4, False): [Config(64, 64, 4, 1), Config(32, 64, 4, 2), Config(32, 32, 4, 2)],
+    ("states", 4, True): [Config(64, 64, 4, 1), Config(32, 32, 4, 1)],
+    ("mix", 2, False): [Config(64, 64, 4, 2), Config(64, 128, 8, 2), Config(128, 128, 8, 1)],
+    ("mix", 2, True): [Config(32, 64, 8, 1), Config(32, 128, 8, 1), Config(64, 64, 8, 1)],
+    ("mix", 4, False): [Config(32, 64, 4, 2), Config(64, 64, 8, 1), Config(32, 32, 4, 1)],
+    ("mix", 4, True): [Config(32, 64, 8, 1), Config(16, 64, 4, 1)],
+    ("gradients", 2, False): [
         Config(64, 64, 8, 2),
+        Config(64, 64, 4, 2),
         Config(128, 32, 8, 2),
         Config(64, 32, 4, 2),
     ],
-    ("gradients", 4): [Config(32, 32, 4, 2), Config(32, 64, 8, 1), Config(32, 16, 4, 1)],
+    ("gradients", 2, True): [Config(32, 64, 8, 1), Config(32, 32, 8, 1)],
+    ("gradients", 4, False): [Config(32, 32, 4, 2), Config(32, 16, 4, 1)],
+    ("gradients", 4, True): [Config(32, 32, 8, 1), Config(32, 16, 8, 1)],
 }
 _LEAST = 32  # the fewest channels a program of `gradients` has
 
@@ -96,7 +108,7 @@ class Chunks:
         most = (padded(d), padded(self.width))
         cut = [
             replace(c, rows=min(c.rows, most[0]), columns=min(c.columns, most[1]))
-            for c in _TILES[kernel.fn.__name__, work_of(self.query)[0].itemsize]
+            for c in _TILES[kernel.fn.__name__, work_of(self.query)[0].itemsize, self.decay.ndim == 4]
         ]
         start(
             kernel,
