@@ -1,4 +1,4 @@
-"""SpectFormer: the authors' filter and blocks, which take tokens row by row."""
+"""SpectFormer: the authors' filter and blocks, which take tokens row by row, and their columnar model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from heedful.authors import load
 from heedful.mixers.grid.spectformer import SpectralGating
+from heedful.models.spectformer import SpectFormer
 from heedful.models.spectformer_blocks import ClassBlock, HierarchicalBlock, MapAttention, SpectralBlock
 from tests.parity.harness import Tensors, adapter
 
@@ -51,3 +52,16 @@ def class_block(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
     dim = config["dim"]
     block = ClassBlock(dim, heads=config["num_heads"], hidden=config["mlp_ratio"] * dim, eps=EPS)
     return {"y": load(block, params).eval()(inputs["x"])}
+
+
+@adapter("spectformer-vanilla")
+def vanilla(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
+    made = SpectFormer(
+        classes=config["num_classes"],
+        dim=config["embed_dim"],
+        depth=config["depth"],
+        image_size=config["img_size"],
+        patch=config["patch_size"],
+        mlp_ratio=config["mlp_ratio"],
+    )
+    return {"y": load(made, params).eval()(inputs["x"])}
