@@ -1,4 +1,5 @@
-"""What needs a CUDA GPU: the tests, and heedful's Triton kernels beside FlexAttention and dense attention.
+"""What needs a CUDA GPU: the tests, and heedful's Triton kernels beside FlexAttention and dense attention,
+and beside other packages' kernels for linear recurrences (gpu_recurrences).
 
 Started by scripts/gpu_check. Results are written to the JSON file after every point, so that a run that is
 stopped loses nothing; a run that names the same file goes on where it stopped.
@@ -10,7 +11,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,9 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_recurrences as recurrences
 import torch
 import torch.nn.functional as F
 import triton
+from gpu_measure import difference, pair, time_of, times
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
@@ -67,9 +69,9 @@ PATTERNS: dict[str, Callable[[int, Tensor, Tensor], Selection]] = {
 
 def main() -> int:
     options = _options()
-    found: dict[str, Any] = {"machine": _machine(), "tests": None, "points": []}
+    found: dict[str, Any] = {"machine": _machine(), "tests": None, "points": [], "recurrences": []}
     if options.json.exists():
-        found = json.loads(options.json.read_text()) | {"machine": _machine()}
+        found |= json.loads(options.json.read_text()) | {"machine": _machine()}
     print(", ".join(f"{k} {v}" for k, v in found["machine"].items()), flush=True)
     if options.tests:
         found["tests"] = _tests()
@@ -84,16 +86,28 @@ def main() -> int:
                     found["points"].append(point)
                     print(_line(point), flush=True)
                     _write(options.json, found)
+    done = {(x["op"], *x["size"]) for x in found["recurrences"] if "error" not in x}
+    found["recurrences"] = [x for x in found["recurrences"] if "error" not in x]
+    for op in options.ops if options.bench else []:
+        for size in recurrences.SIZES:
+            if (op, *size) not in done:
+                point = recurrences.point(op, size)
+                found["recurrences"].append(point)
+                print(recurrences.line(point), flush=True)
+                _write(options.json, found)
     print(_table(found["points"]))
+    print(recurrences.table(found["recurrences"]))
     failed = found["tests"] is not None and found["tests"]["exit"] != 0
     wrong = any("error" in x or x["difference"] > 0.02 for x in found["points"])
+    wrong = wrong or any(map(recurrences.wrong, found["recurrences"]))
     return 1 if failed or wrong else 0
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
     parser.add_argument("--json", type=Path, default=ROOT / "gpu_check.json")
-    parser.add_argument("--patterns", type=lambda x: x.split(","), default=[*PATTERNS])
+    parser.add_argument("--patterns", type=lambda x: [y for y in x.split(",") if y], default=[*PATTERNS])
+    parser.add_argument("--ops", type=lambda x: [y for y in x.split(",") if y], default=[*recurrences.OPS])
     parser.add_argument(
         "--lengths", type=lambda x: [int(n) for n in x.split(",")], default=[8192, 32768, 65536]
     )
@@ -101,7 +115,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--no-tests", dest="tests", action="store_false")
     parser.add_argument("--no-bench", dest="bench", action="store_false")
     options = parser.parse_args()
-    for name, given, known in (("patterns", options.patterns, PATTERNS), ("lengths", options.lengths, MAPS)):
+    for name, given, known in (
+        ("patterns", options.patterns, PATTERNS),
+        ("ops", options.ops, recurrences.OPS),
+        ("lengths", options.lengths, MAPS),
+    ):
         if not set(given) <= set(known):
             parser.error(f"{name} is {given}, must be among {', '.join(map(str, known))}")
     return options
@@ -176,52 +194,24 @@ def _measure(name: str, length: int, width: int) -> dict[str, Any]:
         return compiled(q, k, v, block_mask=block_mask)
 
     result: dict[str, Any] = {"visited": table.visited(), "batch": shape[0], "heads": HEADS}
-    result["difference"] = _difference(heedful, flexible, (q, k, v), grad)
-    result["triton"] = _times(heedful, (q, k, v), grad)
-    result["flex"] = _times(flexible, (q, k, v), grad)
+    result["difference"] = difference(heedful, flexible, (q, k, v), grad)
+    result["triton"] = times(heedful, (q, k, v), grad)
+    result["flex"] = times(flexible, (q, k, v), grad)
     if name == "routed":
-        result["routing"] = _time(lambda: routed(q, k))
+        result["routing"] = time_of(lambda: routed(q, k))
         # A table that is new in every step: its lists are made anew.
-        result["triton_new"] = _times(
+        result["triton_new"] = times(
             lambda: attention(q, k, v, pattern=routed(q, k), backend="triton"), (q, k, v), grad
         )
     result["dense"] = {}
     for kind, backend in DENSE.items():
         with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
-            result["dense"][kind] = _times(lambda: F.scaled_dot_product_attention(q, k, v), (q, k, v), grad)
+            result["dense"][kind] = times(lambda: F.scaled_dot_product_attention(q, k, v), (q, k, v), grad)
     result["configs"] = {
         f"{key[0]}": [c.rows, c.columns, c.warps, c.stages] for key, c in configs.measured.items()
     }
     configs.measured.clear()
     return result | _ratios(result)
-
-
-def _difference(
-    one: Callable[[], Tensor], other: Callable[[], Tensor], leaves: tuple[Tensor, ...], grad: Tensor
-) -> float:
-    """The largest ||a - b|| / ||b|| of outputs and gradients."""
-    pairs = []
-    for step in (one, other):
-        out = step()
-        pairs.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
-    ratios = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*pairs, strict=True)]
-    return max(math.inf if math.isnan(x) else x for x in ratios)
-
-
-def _times(step: Callable[[], Tensor], leaves: tuple[Tensor, ...], grad: Tensor) -> list[float]:
-    """Milliseconds of the forward pass, and of forward and backward."""
-
-    def forward() -> None:
-        with torch.no_grad():
-            step()
-
-    return [_time(forward), _time(lambda: torch.autograd.grad(step(), leaves, grad))]
-
-
-def _time(step: Callable[[], object]) -> float:
-    step()
-    # The median; the cache is cleared between repeats.
-    return float(triton.testing.do_bench(step, warmup=50, rep=200, return_mode="median"))
 
 
 def _ratios(result: dict[str, Any]) -> dict[str, Any]:
@@ -250,9 +240,6 @@ def _line(x: dict[str, Any]) -> str:
     head = f"{x['pattern']:<20}{x['length']:>7}{x['width']:>5}"
     if "error" in x:
         return f"{head}  {x['error']}"
-
-    def pair(values: list[float] | None, digits: int) -> str:
-        return "-" if values is None else " ".join(f"{y:.{digits}f}" for y in values)
 
     dense = [min(times) for times in zip(*x["dense"].values(), strict=True)] if x["dense"] else None
     reached = x.get("reached")
