@@ -11,6 +11,9 @@ import importlib
 from typing import Any
 
 from heedful.registry import Entry, index
+from heedful.torchvision_shim import mend_torchvision
+
+mend_torchvision()
 
 _LAZY = {
     "PolicyCache": "heedful.cache.layer",

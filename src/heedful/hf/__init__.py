@@ -9,7 +9,11 @@
 made of it.
 """
 
-from heedful.hf.attention import (
+from heedful.torchvision_shim import mend_torchvision
+
+mend_torchvision()
+
+from heedful.hf.attention import (  # noqa: E402
     NAME,
     Visibility,
     Visible,
@@ -19,7 +23,7 @@ from heedful.hf.attention import (
     visibility,
     visible_mask,
 )
-from heedful.hf.tap import Handler, Site, tap
+from heedful.hf.tap import Handler, Site, tap  # noqa: E402
 
 __all__ = [
     "NAME",

@@ -18,6 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from heedful.models.decoder_lm import DecoderLM
+from heedful.models.encoder import Encoder
+from heedful.models.stack import Stack, StackState, cross_entropy
+from heedful.torchvision_shim import mend_torchvision
+
+mend_torchvision()
 try:
     from transformers import (
         AutoConfig,
@@ -39,10 +45,6 @@ try:
     )
 except ModuleNotFoundError as missing:
     raise ImportError("heedful.models.hf needs transformers 5: pip install 'heedful[hf]'") from missing
-
-from heedful.models.decoder_lm import DecoderLM
-from heedful.models.encoder import Encoder
-from heedful.models.stack import Stack, StackState, cross_entropy
 
 # Names of transformers for the arguments of DecoderLM and Encoder.
 NAMES = {

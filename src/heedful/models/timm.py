@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from heedful.models import named
+from heedful.models.backbone import Backbone
+from heedful.torchvision_shim import mend_torchvision
+
+mend_torchvision()
 try:
     from timm.models import FeatureInfo, register_model
 except ModuleNotFoundError as missing:
     raise ImportError("heedful.models.timm needs timm: pip install 'heedful[vision]'") from missing
-
-from heedful.models import named
-from heedful.models.backbone import Backbone
 
 PREFIX = "heed_"
 _OURS = {"num_classes": "classes", "in_chans": "in_channels", "drop_path_rate": "drop_path"}

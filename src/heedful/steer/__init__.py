@@ -12,6 +12,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from heedful.torchvision_shim import mend_torchvision
+
+mend_torchvision()
+
 _LAZY = {
     "AgentSD": "heedful.steer.agentsd",
     "Intervention": "heedful.steer.intervention",
