@@ -107,6 +107,19 @@ def neural_memory_update(
     return (joined, MemoryState((inside + n) % chunk_size, *states)) if return_state else joined
 
 
+def read_memory(
+    query: Float[Tensor, "b h n d"], weights: Float[Tensor, "b h p"], *, widths: Sequence[int]
+) -> Float[Tensor, "b h n e"]:
+    """M(q) with the same weights for all tokens: reading without a write. The dtype is that of query."""
+    work = torch.promote_types(weights.dtype, query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        x = query.to(work)
+        *hidden, last = _layers(weights.to(work), list(itertools.pairwise(widths)))
+        for layer in hidden:
+            x = F.silu(x @ layer)
+        return (x @ last).to(query.dtype)
+
+
 def initial_memory(weights: Sequence[Float[Tensor, "h _ _"]], batch: int) -> MemoryState:
     """The state before the first token, of the weights of every layer, the same for all batch rows."""
     wide = [w.to(torch.promote_types(w.dtype, torch.float32)).flatten(1) for w in weights]

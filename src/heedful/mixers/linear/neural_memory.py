@@ -23,7 +23,7 @@ from heedful.checks import (
 from heedful.mixers.mixer import Mixer
 from heedful.mixers.state import State
 from heedful.ops.delta import l2_normalize
-from heedful.ops.neural_memory import MemoryState, initial_memory, neural_memory_update
+from heedful.ops.neural_memory import MemoryState, initial_memory, neural_memory_update, read_memory
 from heedful.ops.short_conv import short_conv
 from heedful.registry import register
 
@@ -173,11 +173,7 @@ class NeuralMemory(Mixer):
             return_state=True,
         )
 
-        gate = F.silu(self.gate(x))
-        o = F.rms_norm(
-            o.transpose(1, 2).to(wide), self.norm.normalized_shape, self.norm.weight.to(wide), self.norm.eps
-        )
-        y = self.out(o.flatten(2).to(gate.dtype) * gate)
+        y = self._give(o, x)
         if state is None:
             return y
         return y, NeuralMemoryState(
@@ -189,6 +185,26 @@ class NeuralMemory(Mixer):
             key_past,
             value_past,
         )
+
+    def read(
+        self, x: Float[Tensor, "b n c"], state: NeuralMemoryState, *, past: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b past c"]]:
+        """What the memory of a state gives for x without learning it.
+
+        past: of the convolution of queries, zeros if None. Gives y, and the past of the tokens that follow.
+        """
+        query, past = self._taps(self.query(x), self.query_conv, past)
+        weights = self._memory(state, x.shape[0]).weights
+        return self._give(read_memory(l2_normalize(query), weights, widths=self.widths), x), past
+
+    def _give(self, o: Float[Tensor, "b h n d"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """What was read, normalised and gated by the tokens that asked."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gate = F.silu(self.gate(x))
+        o = F.rms_norm(
+            o.transpose(1, 2).to(wide), self.norm.normalized_shape, self.norm.weight.to(wide), self.norm.eps
+        )
+        return self.out(o.flatten(2).to(gate.dtype) * gate)
 
     def _taps(
         self, x: Float[Tensor, "b n c"], conv: nn.Conv1d, past: Tensor | None
