@@ -8,6 +8,7 @@ import heedful
 from heedful.mixers.heads.moh import MixtureOfHeadAttention
 from heedful.mixers.heads.moh_llama import MixtureOfHeadLlamaAttention
 from heedful.mixers.heads.moh_vit import MixtureOfHeadAggregatedAttention, MixtureOfHeadVisionAttention
+from heedful.models.moh_dit import MoHDiT
 from tests.parity.harness import Tensors, adapter
 
 
@@ -65,3 +66,22 @@ def moh_vit_aggregated(config: Any, params: Tensors, inputs: Tensors) -> Tensors
         pool_ratio=config["sr_ratio"],
     )
     return on_tokens(mixer, config, params, inputs)
+
+
+@adapter("moh-dit-model")
+def moh_dit_model(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
+    (head_dim,) = set(config["head_dim"])
+    model = MoHDiT(
+        dim=config["hidden_size"],
+        heads=[(h, 1) for h in config["num_heads"]],
+        shared_heads=[(h, 1) for h in config["shared_head"]],
+        routed_heads=[(h, 1) for h in config["routed_head"]],
+        head_dim=head_dim,
+        size=config["input_size"],
+        in_channels=config["in_channels"],
+        patch=config["patch_size"],
+        classes=config["num_classes"],
+        learn_sigma=config["learn_sigma"],
+        mlp_ratio=config["mlp_ratio"],
+    ).eval()
+    return {"y": heedful.authors.load(model, params)(inputs["x"], inputs["t"], inputs["labels"])}

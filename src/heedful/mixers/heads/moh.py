@@ -41,7 +41,7 @@ class MixtureOfHeadAttention(SelfAttention):
     routed_heads  how many of the others are on for a token; None: half of them
     head_dim      channels a head, d; None: dim / heads
     qk_norm       layer normalisation of queries and keys over d
-    load_balance  weight of the auxiliary loss
+    load_balance  weight of the auxiliary loss; the published 0.01 is for the mean over layers
     causal, qkv_bias, dropout and the arguments of forward are those of `SelfAttention`; the gate reads x.
 
     In training aux_losses["load_balance"] tells, weighed, how unevenly the routed heads are used.

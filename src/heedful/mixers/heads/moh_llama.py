@@ -51,7 +51,7 @@ class MixtureOfHeadLlamaAttention(Mixer):
     shared_heads  S; None: half of the heads
     routed_heads  K, how many of the others are on for a token; None: half of them. All: plain attention
     head_dim      channels a head, d; None: dim / heads
-    load_balance  weight of the auxiliary loss
+    load_balance  weight of the auxiliary loss; the published 0.01 is for the mean over layers
     rotary_base   of the rotary embedding (channel j with j + d / 2)
     dropout       share of the attention weights dropped in training
 

@@ -112,7 +112,7 @@ class MixtureOfHeadVisionAttention(_CosineHeads):
     heads         all heads; the first `shared_heads` of them are always on
     shared_heads  None: half of the heads
     routed_heads  how many of the others are on for a place; None: half of them
-    load_balance  weight of the auxiliary loss
+    load_balance  weight of the auxiliary loss; the published 0.01 is for the mean over layers
     trained_size  height and width that offsets are measured in; None: those of each map
     qkv_bias      whether the projection of queries, keys and values has a bias
 
@@ -184,7 +184,7 @@ class MixtureOfHeadAggregatedAttention(_CosineHeads):
     routed_heads  how many of the others are on for a place; None: half of them
     window        side of the window, an odd number
     pool_ratio    places that a cell of the pooled map joins along a side; a map is at least one cell
-    load_balance  weight of the auxiliary loss
+    load_balance  weight of the auxiliary loss; the published 0.01 is for the mean over layers
     trained_size  height and width that offsets are measured in; None: those of each map
     qkv_bias      whether the projections of queries, keys and values have a bias
 
