@@ -177,6 +177,8 @@ def causal_hierarchical_attention(
         raise ValueError(f"branching is {branching}, must be at least 2")
     b, n, d = query.shape[0], *query.shape[2:]
     check_mask("mask", mask, b, n)
+    if n == 0:
+        return value
     scale = d**-0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)
     count = _counts(mask, b, n, query.to(wide))[..., None]
