@@ -62,6 +62,7 @@ class _WindowMixer(Mixer):
         batch, _, height, width = x.shape
         side = {"y": self.window, "x": self.window}
         down, right = -height % self.window, -width % self.window
+        sides = {"r": (height + down) // self.window, "s": (width + right) // self.window}
         tokens = rearrange(F.pad(x, (0, right, 0, down)).movedim(1, -1), _WINDOWS, **side)
         key_mask = None
         if down or right:
@@ -72,12 +73,11 @@ class _WindowMixer(Mixer):
         if query is None:
             query = parts[0]
         else:
-            query = repeat(query, "b h n d -> (b windows) h n d", windows=len(tokens) // max(batch, 1))
+            query = repeat(query, "b h n d -> (b r s) h n d", **sides)
             query = query.to(key.dtype)  # autocast
         y = attention(query, key, value, bias=self.bias().to(key.dtype), key_mask=key_mask)
         y = self.proj(rearrange(y, "g h n d -> g n (h d)"))
         before, after = _WINDOWS.split(" -> ")
-        sides = {"r": (height + down) // self.window, "s": (width + right) // self.window}
         y = rearrange(y, f"{after} -> {before}", **sides, **side)
         return y[:, :height, :width].movedim(-1, 1)
 
