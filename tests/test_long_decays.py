@@ -68,3 +68,17 @@ def test_mixed_decays_stay_near_float64(name, dtype):
     for key, a, b in zip(("out", "last", *inputs), results(op, inputs), results(op, exact), strict=True):
         assert a.isfinite().all(), key
         assert ((a - b).abs() <= TOLERANCES[dtype] * b.abs().max()).all(), key
+
+
+@pytest.mark.parametrize("op", [linear_attention, gated_delta_rule])
+def test_very_slow_decays_do_not_add_up_to_an_error(op):
+    """exp(-1e-7) is no float32: rounded chunk after chunk, 65536 tokens would be wrong by 1e-5."""
+    n = 65536
+    q, k, v = torch.rand(3, 1, 2, n, 2, generator=torch.Generator().manual_seed(0))
+    decay = torch.tensor([-1e-7, -1e-6])
+    rest = {"log_decay": decay}
+    if op is gated_delta_rule:
+        rest = {"beta": torch.full((1, 2, n), 1e-4), "log_decay": decay[:, None].expand(1, 2, n)}
+    out = op(q, k, v, **rest)
+    exact = op(q.double(), k.double(), v.double(), **{key: x.double() for key, x in rest.items()})
+    assert (out - exact).abs().max() <= 2e-6 * exact.abs().max()

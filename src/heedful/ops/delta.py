@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from heedful.checks import check_choice
-from heedful.ops.linear import WITH_KERNEL, decay_sums
+from heedful.ops.linear import WITH_KERNEL, decay_sums, exp_in_two, fade
 from heedful.ops.segments import in_segments, segment_sizes
 from heedful.registry import register
 
@@ -152,19 +152,20 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, S: Tensor
     # Exponents are sums of log_decay over the tokens between, all <= 0, and never differences.
     between = decay_sums(g)
     decay = between.exp()
-    since, until = g.cumsum(-1)[..., None].exp(), decay[..., -1, :, None]
+    sums = g.cumsum(-1)[..., None]
+    since, until = sums.exp(), decay[..., -1, :, None]
 
     lower = (beta * (k @ k.mT) * decay).tril(-1)
     right = beta * torch.cat([v, k * since], dim=-1)
     solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
     fresh, erased = solved.split([v.shape[-1], k.shape[-1]], dim=-1)  # u = fresh - erased S
 
-    left, kept = (k * until).mT, since[..., -1:, :]
+    left, kept = (k * until).mT, exp_in_two(sums[..., -1:, :])
     before, writes = [], []
-    chunks = (x.unbind(2) for x in (fresh, erased, left, kept))
-    for fresh_t, erased_t, left_t, kept_t in zip(*chunks, strict=True):
+    chunks = (x.unbind(2) for x in (fresh, erased, left, *kept))
+    for fresh_t, erased_t, left_t, *kept_t in zip(*chunks, strict=True):
         before.append(S)
         writes.append(fresh_t - erased_t @ S)
-        S = kept_t * S + left_t @ writes[-1]
+        S = fade(S, *kept_t) + left_t @ writes[-1]
     out = ((q @ k.mT) * decay) @ torch.stack(writes, dim=2) + (q * since) @ torch.stack(before, dim=2)
     return out.flatten(2, 3), S

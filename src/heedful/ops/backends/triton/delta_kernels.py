@@ -18,6 +18,7 @@ import triton.language as tl
 from heedful.ops.backends.triton.chunks import (
     TOKEN,
     across,
+    fade,
     fade_gradient,
     fades,
     load_decay,
@@ -163,7 +164,7 @@ def write(
         k = load_part(key, start, local, stride_kn, row, n, D)
         k = (k * until_end(decay, start, local, stride_gn, row, n, D, TOKEN)).to(WORK)
         g = load_decay(decay, start, local, stride_gn, row, n, 0, D, TOKEN)
-        S = dot(tl.trans(k), u.to(WORK), S * tl.exp(tl.sum(g, 0))[:, None], PRECISION)
+        S = dot(tl.trans(k), u.to(WORK), fade(S, g), PRECISION)
     store_state(last + state, row, column, S, D, E)
 
 
@@ -230,7 +231,7 @@ def write_back(
         q = load_part(query, start, local, stride_qn, row, n, D)
         q = (q * tl.exp(tl.cumsum(g, 0))).to(WORK)
         do = load_part(grad, start, local, stride_on, column, n, E).to(WORK)
-        dS = dot(tl.trans(q), do, dS * tl.exp(tl.sum(g, 0))[:, None], PRECISION)
+        dS = dot(tl.trans(q), do, fade(dS, g), PRECISION)
         w = load_part(erased + line * D, start, local, D, row, n, D)
         dS -= dot(tl.trans(w), du.to(WORK), None, PRECISION)
     store_state(last + state, row, column, dS, D, E)

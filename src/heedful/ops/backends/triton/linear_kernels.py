@@ -17,6 +17,7 @@ from heedful.ops.backends.triton.chunks import (
     CHANNEL,
     channel_gradients,
     channel_scores,
+    fade,
     fade_gradient,
     fades,
     load_decay,
@@ -92,7 +93,7 @@ def states(
             k = k * tl.exp(tl.cumsum(g, 0))
         else:
             k = k * until_end(decay, start, local, stride_gn, row, n, D, KIND)
-        S = dot(tl.trans(k.to(WORK)), v, S * tl.exp(tl.sum(g, 0))[:, None], PRECISION)
+        S = dot(tl.trans(k.to(WORK)), v, fade(S, g), PRECISION)
     store_state(last + plane.to(tl.int64) * (D * E), row, column, S, D, E)
 
 
