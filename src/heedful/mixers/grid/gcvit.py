@@ -182,7 +182,7 @@ class GlobalQueryWindowAttention(_WindowMixer):
     def forward(
         self, x: Float[Tensor, "b c height width"], *, query: Float[Tensor, "b c window window"]
     ) -> Float[Tensor, "b c height width"]:
-        if query.shape != (len(x), self.dim, self.window, self.window):
+        if query.shape != (x.shape[0], self.dim, self.window, self.window):
             raise ValueError(
                 f"query has shape {tuple(query.shape)}, must be "
                 f"({len(x)}, {self.dim}, {self.window}, {self.window})"

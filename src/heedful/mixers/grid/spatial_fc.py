@@ -61,6 +61,6 @@ class SpatialFC(Mixer):
 def _resize(x: Float[Tensor, "b c height width"], size: tuple[int, ...]) -> Tensor:
     if x.shape[2:] == size:
         return x
-    if not len(x):
+    if x.shape[0] == 0:
         return x.new_empty(*x.shape[:2], *size)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
