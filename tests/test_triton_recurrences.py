@@ -121,10 +121,10 @@ def test_linear_attention(decay, n):
     agree(linear_attention, linear_inputs(n, decay))
 
 
-@pytest.mark.parametrize("decay", ["token", "channel"])
+@pytest.mark.parametrize("decay", ["head", "token", "channel"])
 def test_linear_attention_of_batches_and_wide_heads(decay):
     """Several tiles of channels and of values, none of them full."""
-    agree(linear_attention, linear_inputs(20, decay, b=2, h=1, d=40, e=72))
+    agree(linear_attention, linear_inputs(20, decay, b=2, h=2, d=40, e=24))
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -156,7 +156,7 @@ def test_gated_delta_rule(n):
 
 
 def test_gated_delta_rule_of_batches_and_wide_heads():
-    agree(gated_delta_rule, delta_inputs(70, b=2, h=1, d=72, e=40))
+    agree(gated_delta_rule, delta_inputs(20, b=2, h=2, d=40, e=72))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

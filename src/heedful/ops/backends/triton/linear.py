@@ -86,8 +86,10 @@ class Chunks:
         return {1: HEAD, 3: TOKEN, 4: CHANNEL}[self.decay.ndim]
 
     def shared(self) -> dict[str, Any]:
-        _, h, n, d = self.query.shape
-        decay = self.decay[None, :, None] if self.decay.ndim == 1 else self.decay
+        b, h, n, d = self.query.shape
+        decay = self.decay
+        if decay.ndim == 1:
+            decay = decay[None, :, None].expand(b, -1, n)  # without strides to other rows and tokens
         work, precision = work_of(self.query)
         return {
             "decay": decay,
@@ -158,10 +160,10 @@ class Chunks:
         """Gradients of query and key in `dtype`, and of log_decay if `decay` is set."""
         b, h, n, d = self.query.shape
         by_channel = self.decay.ndim == 4
-        shares = () if by_channel else (triton.cdiv(d, _LEAST),)
         dquery, dkey = (grad.new_empty(b, h, n, d, dtype=dtype) for _ in range(2))
         # Programs of few, wide tiles leave the last shares as they are.
-        found = grad.new_zeros(*shares, b, h, n, *([d] if by_channel else []), dtype=torch.float32)
+        size = (b, h, n, d) if by_channel else (triton.cdiv(d, _LEAST), b, h, n)
+        found = grad.new_zeros(size if decay else (1,), dtype=torch.float32)
         own = {
             "query": self.query,
             "key": self.key,
