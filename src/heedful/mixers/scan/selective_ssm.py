@@ -62,12 +62,19 @@ class SelectiveSSM(nn.Module):
         for parameter in (self.log_rate, self.skip):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
-    def forward(self, u: Float[Tensor, "b routes d n"]) -> Float[Tensor, "b routes d n"]:
-        """Every route from nothing to its last token; float32, or float64 if u is."""
+    def forward(
+        self,
+        u: Float[Tensor, "b routes d n"],
+        *,
+        state: Float[Tensor, "b rd s"] | None = None,
+        return_state: bool = False,
+    ) -> Float[Tensor, "b routes d n"] | tuple[Float[Tensor, "b routes d n"], Float[Tensor, "b rd s"]]:
+        """Every route from its state (None: nothing) to its last token; float32, or float64 if u is."""
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(torch.promote_types(u.dtype, torch.float32))
             step, B, C = self._given(u)
-            return self._scan(u, step, B, C, self.skip.flatten())
+            y, state = self._scan(u, step, B, C, self.skip.flatten(), state)
+        return (y, state) if return_state else y
 
     def hidden(self, u: Float[Tensor, "b routes d n"]) -> tuple[Tensor, Tensor]:
         """The states h (b, routes, d, n) and the C (b, routes, 1, n) to read them, if state_dim is 1."""
@@ -76,15 +83,17 @@ class SelectiveSSM(nn.Module):
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(torch.promote_types(u.dtype, torch.float32))
             step, B, C = self._given(u)
-            return self._scan(u, step, B, torch.ones_like(C), None), C
+            return self._scan(u, step, B, torch.ones_like(C), None, None)[0], C
 
     def _given(self, u: Tensor) -> tuple[Tensor, ...]:
         """What the tokens give: the steps (before bias and softplus), B and C."""
         r, B, C = (self.read.to(u.dtype) @ u).split([self.rank, self.state_dim, self.state_dim], dim=2)
         return self.step.to(u.dtype) @ r, B, C
 
-    def _scan(self, u: Tensor, step: Tensor, B: Tensor, C: Tensor, skip: Tensor | None) -> Tensor:
-        y = selective_scan(
+    def _scan(
+        self, u: Tensor, step: Tensor, B: Tensor, C: Tensor, skip: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y, state = selective_scan(
             u.flatten(1, 2),
             step.flatten(1, 2),
             -self.log_rate.to(u.dtype).exp().flatten(0, 1),
@@ -93,5 +102,7 @@ class SelectiveSSM(nn.Module):
             skip,
             delta_bias=self.step_bias.flatten(),
             delta_softplus=True,
+            state=state,
+            return_state=True,
         )
-        return y.unflatten(1, (self.routes, self.dim))  # type: ignore[union-attr]
+        return y.unflatten(1, (self.routes, self.dim)), state
