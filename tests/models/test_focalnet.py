@@ -95,8 +95,8 @@ def test_the_authors_names_of_one_stage_and_of_many() -> None:
     table = authors.table_of(FocalNet)
     assert table.name("layers.2.blocks.11.gamma_2") == "stages.2.11.scale2.gamma"
     assert table.name("layers.0.blocks.1.modulation.ln.weight") == "stages.0.1.mixer.ln.weight"
-    down = table.apply({"layers.2.downsample.norm.bias": torch.zeros(1)})
-    assert [*down] == ["downsample.3.norm.bias"]
+    down = table.apply({f"layers.{stage}.downsample.norm.bias": torch.zeros(1) for stage in range(3)})
+    assert [*down] == [f"downsample.{stage}.norm.bias" for stage in (1, 2, 3)]
 
 
 @pytest.mark.door

@@ -1,4 +1,4 @@
-"""EfficientViT and its cascaded group attention: microsoft/Cream, folder EfficientViT."""
+"""EfficientViT and its cascaded group attention: microsoft/Cream, folder EfficientViT, and timm's port."""
 
 from torch import Tensor
 
@@ -15,9 +15,20 @@ def _convolutions(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+_TIMM = (
+    *((rf"patch_embed\.conv{number + 1}\.(.*)", rf"stem.{2 * number}.\1") for number in range(4)),
+    (r"(stages\.\d+\.downsample\.)res1\.0\.(.*)", r"\g<1>0.\2"),
+    (r"(stages\.\d+\.downsample\.)res1\.1\.(.*)", r"\g<1>1.\2"),
+    (r"(stages\.\d+\.downsample\.)patchmerge\.(.*)", r"\g<1>2.\2"),
+    (r"(stages\.\d+\.downsample\.)res2\.0\.(.*)", r"\g<1>3.\2"),
+    (r"(stages\.\d+\.downsample\.)res2\.1\.(.*)", r"\g<1>4.\2"),
+    (r"(.*\.mixer\.m)\.attn\.(.*)\.conv\.weight", r"\1.\2.c.weight"),
+    (r"head\.linear\.(.*)", r"head.\1"),
+)
+
 TABLES = {
     "EfficientViT": Table(
-        rename=((r"(.*\.mixer\.m)\.attn\.(.*)", r"\1.\2"), *RENAME),
+        rename=(*_TIMM, (r"(.*\.mixer\.m)\.attn\.(.*)", r"\1.\2"), *RENAME),
         drop=(_PLACES,),
         relayout=lambda state: stages(_convolutions(state)),
     ),

@@ -1,4 +1,4 @@
-"""GC ViT and its window attentions: NVlabs/GCVit."""
+"""GC ViT and its window attentions: NVlabs/GCVit, and timm's port."""
 
 import re
 
@@ -21,6 +21,19 @@ _PARTS = (
     (r"^patch_embed\.proj\.", "stem."),
     (r"^patch_embed\.conv_down\.", "downsample.0."),
     (r"^levels\.", "stages."),
+    # timm's
+    (r"^stem\.conv1\.", "stem."),
+    (r"^stem\.down\.", "downsample.0."),
+    (r"^stages\.(\d+)\.downsample\.", r"downsample.\1."),
+    (r"\.conv_block\.", ".conv."),
+    (r"\.conv_dw\.", ".depthwise."),
+    (r"\.se\.fc1\.", ".squeeze."),
+    (r"\.se\.fc2\.", ".excite."),
+    (r"\.conv_pw\.", ".pointwise."),
+    (r"\.rel_pos\.", "."),
+    (r"\.ls([12])\.gamma$", r".scale\1.gamma"),
+    (r"^stages\.3\.norm\.", "norm."),
+    (r"^head\.fc\.", "head."),
 )
 
 
@@ -29,9 +42,13 @@ def _names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ours = {}
     for name, value in state.items():
         name = re.sub(r"^levels\.(\d+)\.downsample\.", lambda at: f"downsample.{int(at[1]) + 1}.", name)
+        name = re.sub(
+            r"\.global_block\.blocks\.conv(\d+)\.", lambda at: f".generator.convs.{int(at[1]) - 1}.", name
+        )
         for pattern, replacement in _PARTS:
             name = re.sub(pattern, replacement, name)
-        ours[name] = value
+        linear = name.endswith((".squeeze.weight", ".excite.weight"))  # timm's are 1 x 1 convolutions
+        ours[name] = value.flatten(1) if linear else value
     return ours
 
 

@@ -1,4 +1,4 @@
-"""MetaFormer and PoolFormer: sail-sg/poolformer."""
+"""MetaFormer and PoolFormer: sail-sg/poolformer, and timm's PoolFormer."""
 
 import re
 
@@ -32,6 +32,14 @@ def _stages(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _BLOCK = r"(network\.\d+\.\d+\.)"
+_TIMM = (
+    (r"stem\.conv\.(.*)", r"downsample.0.\1"),
+    (r"stages\.(\d+)\.downsample\.conv\.(.*)", r"downsample.\1.\2"),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.layer_scale([12])\.scale", r"stages.\1.\2.scale\3.gamma"),
+    (r"stages\.(\d+)\.blocks\.(.*)", r"stages.\1.\2"),
+    (r"head\.norm\.(.*)", r"norm.\1"),
+    (r"head\.fc\.(.*)", r"head.\1"),
+)
 
 TABLES = {
     "MetaFormer": Table(
@@ -40,6 +48,7 @@ TABLES = {
             *((rf"norm{2 * stage}\.(.*)", rf"norms.{stage}.\1") for stage in range(4)),
             (_BLOCK + r"layer_scale_([12])", r"\1scale\2.gamma"),
             (_BLOCK + r"token_mixer\.(.*)", r"\1mixer.\2"),
+            *_TIMM,
         ),
         relayout=_stages,
     ),
