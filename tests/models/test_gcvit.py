@@ -76,7 +76,7 @@ def test_names_of_the_authors() -> None:
         "levels.2.blocks.18.attn.relative_position_bias_table": "stages.2.blocks.18.mixer.relative_bias",
         "levels.3.blocks.4.gamma2": "stages.3.blocks.4.scale2.gamma",
     }
-    taken = authors.table_of(GCViT).apply({name: torch.zeros(1) for name in theirs})
+    taken = authors.table_of(GCViT).apply({name: torch.zeros(1, 1) for name in theirs})
     assert [*taken] == [*theirs.values()]
     state = GCViT(layer_scale=1e-5).state_dict()
     assert set(taken) <= set(state)
