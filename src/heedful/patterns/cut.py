@@ -22,6 +22,11 @@ class Cut:
     borders: tuple[int, ...] = ()
     parts: int = 1
 
+    @property
+    def whole(self) -> bool:
+        """Whether every query sees the whole axis."""
+        return self.parts == 1
+
     def run(self, x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """The number of the run at x."""
         number = torch.zeros_like(x)

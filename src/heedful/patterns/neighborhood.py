@@ -14,6 +14,7 @@ from heedful.registry import register
 
 _TILE = {1: 128, 2: 8}  # queries of a group along an axis, by the number of axes
 _TILE_3D = 4
+_WHOLE_TILE = 16  # along an axis that is seen whole
 
 
 @register("neighborhood", kind="pattern", paper="gna", tags=("sparse", "local", "window"))
@@ -112,4 +113,7 @@ def _axis(length: int, window: int, stride: int, dilation: int, causal: bool, ta
         return first * dilation + residue, last * dilation + residue
 
     longest = -(-length // dilation)
-    return Axis(length, bounds, even_tile(longest, target, stride), dilation)
+    whole = window == length and not causal
+    # Where all see all, a larger group has no more keys.
+    target = max(target, _WHOLE_TILE) if whole else target
+    return Axis(length, bounds, even_tile(longest, target, stride), dilation, whole=whole)

@@ -56,6 +56,7 @@ class Axis:
     bounds   q -> (first, last), elementwise; on the queries of one residue modulo step both never
              decrease and neighbouring ranges touch, so that a run of queries sees one range of keys
     tile     how many queries of a residue go into one group; tiles begin at -phase
+    whole    whether every query sees the whole axis
     """
 
     size: int
@@ -63,6 +64,7 @@ class Axis:
     tile: int
     step: int = 1
     phase: int = 0
+    whole: bool = False
 
     def visible(self, q: Tensor, k: Tensor) -> Tensor:
         first, last = self.bounds(q)
@@ -160,11 +162,11 @@ class Separable(Pattern):
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen: Tensor | None = None
         for i, axis in reversed(list(enumerate(self.axes))):
-            on_axis = axis.visible(q % axis.size, k % axis.size) if i else axis.visible(q, k)
-            seen = on_axis if seen is None else seen & on_axis
+            if not axis.whole:
+                on_axis = axis.visible(q % axis.size, k % axis.size) if i else axis.visible(q, k)
+                seen = on_axis if seen is None else seen & on_axis
             q, k = q // axis.size, k // axis.size
-        assert seen is not None
-        return seen
+        return torch.ones_like(q == k) if seen is None else seen
 
     def tiles(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> tuple[Tensor, Tensor]:
         axes = self.axes

@@ -45,6 +45,8 @@ class Gather(Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, extra: Tensor | None, job: Job
     ) -> tuple[Tensor, Tensor]:
+        # index_select would copy the whole of a strided tensor, for every chunk.
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         g, lq = job.groups.query_index.shape
         planes = query.shape[0]
         out = query.new_zeros(planes, g, lq, value.shape[-1])
@@ -61,7 +63,7 @@ class Gather(Function):
                 job.scale,
                 chunk.keep(),
                 chunk.fused,
-                tile.blind_rows(chunk.additive),
+                chunk.blind(),
             )
         ctx.save_for_backward(query, key, value, extra, out, lse)
         ctx.job = job
@@ -123,7 +125,7 @@ class _Chunk:
         self.query = query.index_select(1, self.rows).view(planes, count, -1, query.shape[-1])
         self.key = key.index_select(1, self.columns).view(planes, count, -1, key.shape[-1])
         self.value = value.index_select(1, self.columns).view(planes, count, -1, value.shape[-1])
-        self.fused = tile.can_fuse(query, value)
+        self.fused, self.extra = tile.can_fuse(query, value), extra is not None
         self.additive = self._additive(columns, extra)
 
     def _additive(self, columns: Tensor, extra: Tensor | None) -> Tensor | None:
@@ -131,13 +133,24 @@ class _Chunk:
         seen = self.job.groups.visible(self.first, self.last)
         if seen is None and bool((columns < 0).any()):
             seen = (columns >= 0)[None, :, None, :]
+        self.seen = seen
         total: Tensor | None = None
         if seen is not None:
-            total = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            shown, hidden = torch.tensor([0.0, -torch.inf], dtype=dtype, device=seen.device)
+            total = torch.where(seen, shown, hidden)
         if extra is not None:
             part = extra[:, self.first : self.last].to(dtype)
             total = part if total is None else total + part
         return None if total is None else total.expand(-1, -1, self.query.shape[2], -1)
+
+    def blind(self) -> Tensor | None:
+        """The rows that see nothing; None if there is none."""
+        if self.extra:
+            return tile.blind_rows(self.additive)
+        blind = None if self.seen is None else ~self.seen.any(-1)
+        if blind is None or not bool(blind.any()):
+            return None
+        return blind.expand(-1, -1, self.query.shape[2])
 
     def only_live(self, x: Tensor) -> Tensor:
         return x if bool(self.live.all()) else x * self.live[None, :, :, None]
