@@ -17,6 +17,7 @@ _MODULES = {
     "bench": "heedful.cli.bench",
     "models": "heedful.cli.models",
     "export": "heedful.cli.models",
+    "convert": "heedful.cli.convert",
 }
 
 
