@@ -17,7 +17,9 @@ FAMILIES = {
     for name, entry in sorted(index().items())
     if entry.kind == "model" and entry.module.startswith("heedful.models.")
 }
-BACKBONES = {name: cls for name, cls in FAMILIES.items() if issubclass(cls, Backbone)}
+BACKBONES = {
+    name: cls for name, cls in FAMILIES.items() if isinstance(cls, type) and issubclass(cls, Backbone)
+}
 UNITS = {"K": 1e3, "M": 1e6, "G": 1e9}
 SIDES = {named.name: named.size for named in models.list()}
 

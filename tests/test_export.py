@@ -16,6 +16,7 @@ from heedful.registry import index
 DEVICES = [
     "efficientvit-cga-backbone",
     "metaformer-poolformer-backbone",
+    "patnet-backbone",
     "shvit-backbone",
     "van-lka-backbone",
 ]
