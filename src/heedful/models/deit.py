@@ -64,13 +64,19 @@ class DeiT(Backbone):
         for table in (self.class_token, self.positions):
             nn.init.trunc_normal_(table, std=0.02)
 
-    def tokens(self, x: Float[Tensor, "b c height width"]) -> tuple[Float[Tensor, "b n e"], tuple[int, int]]:
-        """The class token and the patches after the last block, and the size of the map."""
+    def embedded(
+        self, x: Float[Tensor, "b c height width"]
+    ) -> tuple[Float[Tensor, "b n e"], tuple[int, int]]:
+        """The class token and the patches before the first block, and the size of the map."""
         x = self.embed(F.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch)))
         size = (x.shape[2], x.shape[3])
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
         first, grid = self.positions[:, :1], self.positions[:, 1:]
-        x = x + torch.cat([first, resize_table(grid, (self.side, self.side), size)], dim=1)
+        return x + torch.cat([first, resize_table(grid, (self.side, self.side), size)], dim=1), size
+
+    def tokens(self, x: Float[Tensor, "b c height width"]) -> tuple[Float[Tensor, "b n e"], tuple[int, int]]:
+        """The same after the last block."""
+        x, size = self.embedded(x)
         for block in self.blocks:
             x = block(x, size)
         return x, size
