@@ -28,6 +28,8 @@ _FILES = {
     "load": "model",
     "prune_heads": "prune",
     "to_gqa": "gqa",
+    "to_mla": "mla",
+    "to_moh": "moh",
 }
 __all__ = sorted(_FILES)
 

@@ -188,9 +188,14 @@ class HeadsAttention(ConvertedAttention):
         return sum(linear.weight.numel() for linear in linears) + 2 * context * self.heads * self.head_dim
 
 
-def empty_linear(inside: int, outside: int, like: nn.Linear) -> nn.Linear:
-    """A layer to be filled, with a bias, dtype, device and training as another has them."""
+def empty_linear(inside: int, outside: int, like: nn.Linear, *, bias: bool | None = None) -> nn.Linear:
+    """A layer to be filled, in the dtype and on the device of another; bias None: if that one has a bias."""
     made = nn.utils.skip_init(
-        nn.Linear, inside, outside, like.bias is not None, device=like.weight.device, dtype=like.weight.dtype
+        nn.Linear,
+        inside,
+        outside,
+        like.bias is not None if bias is None else bias,
+        device=like.weight.device,
+        dtype=like.weight.dtype,
     )
     return made.requires_grad_(like.weight.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from heedful.convert.report import Change, Report
 from heedful.convert.sites import ENCODERS, Site, by_head, choose_sites, linear_of
 from heedful.registry import register
 
+Heads = TypeVar("Heads", bound=HeadsAttention)
 GROUPINGS = ("neighbours", "similarity")
 
 
@@ -180,13 +181,23 @@ def _shared(site: Site, groups: list[list[int]]) -> HeadsAttention:
 
 
 @torch.no_grad()
-def merged(site: Site, key_group: list[int], value_group: list[int]) -> HeadsAttention:
-    """Attention whose key heads, and value heads, are the means of groups of those of a site."""
+def merged(
+    site: Site,
+    key_group: list[int],
+    value_group: list[int],
+    kind: type[Heads] = HeadsAttention,  # type: ignore[assignment]
+    **numbers: Any,
+) -> Heads:
+    """Attention whose key heads, and value heads, are the means of groups of those of a site.
+
+    key_group, value_group  of each key and value head the group: 0, 1, ... with none left out
+    """
     per = site.heads // site.kv_heads
-    new = HeadsAttention(
+    new = kind(
         site,
         key_map=[key_group[h // per] for h in range(site.heads)],
         value_map=[value_group[h // per] for h in range(site.heads)],
+        **numbers,
     )
     d = site.head_dim
     weights: list[Tensor] = [by_head(site.query.weight, d)]

@@ -80,9 +80,10 @@ def mla_from_attention(
     for name, matrix in (("key", key), ("value", value)):
         if len(matrix) != kv_heads * d:
             raise ValueError(f"{name} has {len(matrix)} rows, must be kv_heads times {d}, {kv_heads * d}")
-    if not 0 < nope_dim <= d or not 0 <= rope_dim <= d:
+    if not 0 <= nope_dim <= d or not 0 <= rope_dim <= d or nope_dim + rope_dim == 0:
         raise ValueError(
-            f"nope_dim is {nope_dim} and rope_dim is {rope_dim}, must be at most {d}, the old head's"
+            f"nope_dim is {nope_dim} and rope_dim is {rope_dim}, must be at most {d}, the old head's, "
+            "and not both 0"
         )
     # 1. Queries.
     up, down = truncated_svd(query, rank=query_rank, energy=query_energy, multiple=multiple)

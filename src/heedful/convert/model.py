@@ -98,5 +98,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 def _kinds() -> dict[str, type[ConvertedAttention]]:
     from heedful.convert.attention import HeadsAttention
+    from heedful.convert.mla import LatentAttention
+    from heedful.convert.moh import MixtureOfHeadsAttention
 
-    return {kind.kind: kind for kind in (HeadsAttention,)}
+    return {kind.kind: kind for kind in (HeadsAttention, LatentAttention, MixtureOfHeadsAttention)}
