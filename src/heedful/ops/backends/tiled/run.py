@@ -175,7 +175,8 @@ class _Flat:
         if self.mask_fn is not None and not bool(full.all()):
             b, h = self.batch[part, None, None], self.head[part, None, None]
             seen = self.mask_fn(b, h, rows.clamp(min=0)[:, :, None], columns.clamp(min=0)[:, None, :])  # type: ignore[operator]
-            seen = seen | (full[:, None, :] if full.ndim == 2 else full[:, None, None])
+            if bool(full.any()):
+                seen = seen | (full[:, None, :] if full.ndim == 2 else full[:, None, None])
         keys = columns >= 0
         if self.call.key_mask is not None:
             keys = keys & self.call.key_mask[self.batch[part, None], columns.clamp(min=0)]
