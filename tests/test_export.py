@@ -18,6 +18,7 @@ DEVICES = [
     "metaformer-poolformer-backbone",
     "patnet-backbone",
     "shvit-backbone",
+    "spartan-backbone",
     "van-lka-backbone",
 ]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.mixers.squeeze_excite import SqueezeExcite as SqueezeExcite
 from heedful.models.parts import ConvNorm, DropPath
 
 
@@ -30,19 +29,6 @@ class ConvFFN(nn.Sequential):
         self.pw1 = ConvNorm(dim, 2 * dim)
         self.act = nn.ReLU()
         self.pw2 = ConvNorm(2 * dim, dim, gamma=0.0)
-
-
-class SqueezeExcite(nn.Module):
-    """y = x sigmoid(W_2 act(W_1 mean(x))): one gate a channel of the image."""
-
-    def __init__(self, dim: int, hidden: int, *, act: Callable[[], nn.Module] = nn.ReLU) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden, 1)
-        self.act = act()
-        self.fc2 = nn.Conv2d(hidden, dim, 1)
-
-    def forward(self, x: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height width"]:
-        return x * self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 
 class PatchMerging(nn.Sequential):
