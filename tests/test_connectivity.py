@@ -130,7 +130,24 @@ def test_pruning():
 def test_parameter_count():
     predictor = ConnectivityPredictor(64, 197, heads=6)
     assert sum(p.numel() for p in predictor.parameters()) == 2 * (64 * 32 + 32) + 2 * 197 * 32
-    assert predictor.budget == math.ceil(0.25 * 197) == 50
+    assert predictor.budget(197) == math.ceil(0.25 * 197) == 50
+
+
+def test_tables_follow_the_map():
+    predictor = build(tokens=10)
+    query, key = (torch.randn(1, 3, 10, 4, dtype=F64) for _ in range(2))
+    same = predictor.scores(query, key)
+    torch.testing.assert_close(predictor.scores(query, key, size=(3, 3)), same)
+    query, key = (torch.randn(1, 3, 9, 4, dtype=F64) for _ in range(2))
+    with torch.no_grad():  # one row for all places stays that row on any map
+        for table in (predictor.reduce, predictor.expand):
+            table[1:] = table[1:2].clone()
+    scores, rows = predictor.scores(query, key, size=(2, 4))
+    assert (scores.shape, rows.shape) == ((1, 3, 8, 9), (1, 3, 8, 5))
+    torch.testing.assert_close(scores[..., 1:], scores[..., 1:2].expand(-1, -1, -1, 8))
+    assert predictor(query, key, size=(2, 4)).key_index.shape == (1, 3, 8 + 3, 3)  # ceil(9 / 4)
+    with pytest.raises(ValueError, match="must be None for 12 patches"):
+        build()(query, key, size=(2, 4))
 
 
 @pytest.mark.door

@@ -27,8 +27,8 @@ class ConnectivityPredictor(nn.Module):
         c = softmax(scale (q W_q + b_q) ((k W_k + b_k)^T P)),  the `coefficients` largest kept, the others 0
         score = c B^T,  B = |P'| where above `basis_threshold`, else 0
 
-    P, P' (tokens, rank) belong to places, so that the number of tokens is fixed, class token first. The
-    choice passes no gradient: `reconstruction` is what the predictor is trained with.
+    P, P' (tokens, rank) belong to places, class token first; for maps of another size than the declared one
+    they are interpolated. The choice passes no gradient: the predictor is trained with `reconstruction`.
 
     head_dim         channels of a head of the queries and keys
     tokens           with the class token
@@ -73,7 +73,7 @@ class ConnectivityPredictor(nn.Module):
         if not 0 < keep_rate <= 1:
             raise ValueError(f"keep_rate is {keep_rate}, must lie in (0, 1]")
         self.tokens, self.coefficients, self.basis_threshold = tokens, coefficients, basis_threshold
-        self.budget = math.ceil(keep_rate * tokens)
+        self.keep_rate = keep_rate
         self.scale = heads**-0.5 if predictor_scale is None else predictor_scale
         self.query = nn.Linear(head_dim, width, device=device, dtype=dtype)
         self.key = nn.Linear(head_dim, width, device=device, dtype=dtype)
@@ -90,26 +90,38 @@ class ConnectivityPredictor(nn.Module):
         key: Float[Tensor, "b h n d"],
         *,
         active: Bool[Tensor, "b patches"] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> TokenGroups:
-        """The selection for `heedful.attention`. active: patches that may be picked, not pruned."""
-        scores, _ = self.scores(query.detach(), key.detach(), active=active)
+        """The selection for `heedful.attention`.
+
+        active  patches that may be picked, not pruned
+        size    height and width of the map of patches, to which P and P' of a square map are interpolated;
+                None: as many tokens as declared
+        """
+        scores, _ = self.scores(query.detach(), key.detach(), active=active, size=size)
         return self.groups(self.pick(scores, active))
+
+    def budget(self, tokens: int) -> int:
+        """Keys that each token keeps."""
+        return math.ceil(self.keep_rate * tokens)
 
     def coefficient_rows(
         self,
         query: Float[Tensor, "b h n d"],
         key: Float[Tensor, "b h n d"],
         active: Bool[Tensor, "b patches"] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Float[Tensor, "b h patches r"]:
         """c of every patch, before the small ones are dropped."""
-        if query.shape[2] != self.tokens:
-            raise ValueError(f"query has {query.shape[2]} tokens, must have {self.tokens}")
+        tokens = self.tokens if size is None else 1 + size[0] * size[1]
+        if query.shape[2] != tokens:
+            raise ValueError(f"query has {query.shape[2]} tokens, must have {tokens}")
         low_query, low_key = self.query(query), self.key(key)
         if active is not None:
-            check_mask("active", active, query.shape[0], self.tokens - 1)
+            check_mask("active", active, query.shape[0], tokens - 1)
             pruned = ~F.pad(active, (1, 0), value=True)[:, None, :, None]
             low_query, low_key = low_query.masked_fill(pruned, 0), low_key.masked_fill(pruned, 0)
-        return (low_query[:, :, 1:] @ (low_key.mT @ self.reduce) * self.scale).softmax(-1)
+        return (low_query[:, :, 1:] @ (low_key.mT @ self._table(self.reduce, size)) * self.scale).softmax(-1)
 
     def scores(
         self,
@@ -117,13 +129,14 @@ class ConnectivityPredictor(nn.Module):
         key: Float[Tensor, "b h n d"],
         *,
         active: Bool[Tensor, "b patches"] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> tuple[Float[Tensor, "b h patches n"], Float[Tensor, "b h patches r"]]:
         """The estimated attention of every patch, and its coefficients."""
-        rows = self.coefficient_rows(query, key, active)
+        rows = self.coefficient_rows(query, key, active, size)
         top, where = rows.topk(self.coefficients)
         rows = torch.zeros_like(rows).scatter(-1, where, top)
-        size = self.expand.abs()
-        basis = size.masked_fill(size <= self.basis_threshold, 0)
+        basis = self._table(self.expand, size).abs()
+        basis = basis.masked_fill(basis <= self.basis_threshold, 0)
         return rows @ basis.T, rows
 
     def reconstruction(
@@ -136,7 +149,7 @@ class ConnectivityPredictor(nn.Module):
         self, scores: Float[Tensor, "b h patches n"], active: Bool[Tensor, "b patches"] | None = None
     ) -> Int[Tensor, "b h patches k"]:
         """The keys of every patch, best first; which of equal scores are taken is `torch.topk`'s choice."""
-        budget = self.budget
+        budget = self.budget(scores.shape[-1])
         if active is not None:
             # All rows have the same number of active patches, as pruning leaves them.
             budget = min(budget, int(active[0].sum()))
@@ -147,16 +160,29 @@ class ConnectivityPredictor(nn.Module):
     def groups(self, picked: Int[Tensor, "b h patches k"]) -> TokenGroups:
         """Every patch sees its picked keys, the class token everything, in groups of as many keys."""
         b, h, patches, budget = picked.shape
-        size = max(1, budget)
-        count = -(-self.tokens // size)
+        tokens, size = patches + 1, max(1, budget)
+        count = -(-tokens // size)
         everything = torch.arange(count * size, device=picked.device).view(count, size)
-        everything = torch.where(everything < self.tokens, everything, -1).expand(b, h, count, size)
+        everything = torch.where(everything < tokens, everything, -1).expand(b, h, count, size)
         if not budget:
             picked = picked.new_full((b, h, patches, 1), -1)
         rows = torch.arange(1, patches + 1, device=picked.device)
         rows = torch.cat([torch.zeros(count, dtype=rows.dtype, device=picked.device), rows])
         keys = torch.cat([everything, picked], dim=2)
-        return TokenGroups(rows[None, None, :, None], keys, (self.tokens, self.tokens))
+        return TokenGroups(rows[None, None, :, None], keys, (tokens, tokens))
+
+    def _table(self, table: Float[Tensor, "tokens r"], size: tuple[int, int] | None) -> Tensor:
+        """The table for a map of this size: the row of the class token as it is, the others interpolated."""
+        side = math.isqrt(self.tokens - 1)
+        if size is None or size == (side, side):
+            return table
+        if side * side != self.tokens - 1:
+            raise ValueError(
+                f"size is {size}, must be None for {self.tokens - 1} patches, which are no square"
+            )
+        grid = table[1:].T.unflatten(1, (side, side))[None]
+        grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)[0]
+        return torch.cat([table[:1], grid.flatten(1).T])
 
 
 def reconstruction_loss(
