@@ -18,6 +18,8 @@ mend_torchvision()
 _LAZY = {
     "PolicyCache": "heedful.cache.layer",
     "PolicyLayer": "heedful.cache.layer",
+    "SnapKVCache": "heedful.cache.snapkv",
+    "SnapKVStreamingCache": "heedful.cache.snapkv_streaming",
     "StreamingCache": "heedful.cache.streaming",
 }
 

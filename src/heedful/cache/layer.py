@@ -50,18 +50,35 @@ class PolicyLayer(DynamicLayer):
     def retain(self, query: Float[Tensor, "b hq n d"] | None, scale: float, told: Visibility | None) -> None:
         """Drop what the policy does not keep; called once after each update, before attention is computed."""
 
+    def store(self, key: Float[Tensor, "b hkv n d"], value: Float[Tensor, "b hkv n e"]) -> None:
+        """Take in the new tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+            self.keys, self.values = key, value
+        else:
+            self.keys = torch.cat([self.keys, key], dim=-2)
+            self.values = torch.cat([self.values, value], dim=-2)
+
+    def held(self) -> int:
+        """How many tokens the layer holds; those that `valid` tells of."""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+    def see(self, query: Float[Tensor, "b hq n d"], told: Visibility) -> Visibility:
+        """What the queries see of the keys that `read` gave."""
+        mask = self.readable()
+        if mask is None or mask.ndim == 2:
+            return {**told, "key_mask": mask}
+        groups = query.shape[1] // mask.shape[1]
+        bias = query.new_zeros(()).masked_fill(~mask.repeat_interleave(groups, dim=1)[:, :, None], -torch.inf)
+        return {**told, "key_mask": None, "bias": bias if told["bias"] is None else told["bias"] + bias}
+
     # -- transformers' interface --------------------------------------------------------------------
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self._settle()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-        else:
-            self.keys = torch.cat([self.keys, key_states], dim=-2)
-            self.values = torch.cat([self.values, value_states], dim=-2)
+        self.store(key_states, value_states)
         self.seen += key_states.shape[-2]
         keys, values = self.read()
         if keys is key_states:  # a tensor of our own, to be asked about
@@ -75,7 +92,7 @@ class PolicyLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         self._settle()
-        kept = self.keys.shape[-2] if self.is_initialized else 0
+        kept = self.held()
         return kept + query_length, self.seen - kept
 
     def reset(self) -> None:
@@ -117,7 +134,7 @@ class PolicyLayer(DynamicLayer):
         """Attention over the keys that `read` gave is about to be computed: see `heedful.hf.keepers`."""
         new, mask = query.shape[2], told["key_mask"]
         if mask is not None or self.valid is not None:
-            kept = self.keys.shape[2] - new
+            kept = self.held() - new
             fresh = (
                 self.keys.new_ones(query.shape[0], new, dtype=torch.bool) if mask is None else mask[:, -new:]
             )
@@ -129,18 +146,10 @@ class PolicyLayer(DynamicLayer):
             if old.ndim == 3:
                 fresh = fresh[:, None].expand(-1, old.shape[1], -1)
             self.valid = torch.cat([old, fresh], dim=-1)
-        told = self._visible(query, told)
+        told = self.see(query, told)
         self.retain(query, scale, told)
         self._pending = False
         return told
-
-    def _visible(self, query: Tensor, told: Visibility) -> Visibility:
-        mask = self.readable()
-        if mask is None or mask.ndim == 2:
-            return {**told, "key_mask": mask}
-        groups = query.shape[1] // mask.shape[1]
-        bias = query.new_zeros(()).masked_fill(~mask.repeat_interleave(groups, dim=1)[:, :, None], -torch.inf)
-        return {**told, "key_mask": None, "bias": bias if told["bias"] is None else told["bias"] + bias}
 
     def _settle(self) -> None:
         """Apply the policy where no attention implementation has asked since the last update."""
@@ -193,3 +202,16 @@ def _nbytes(layer: Any) -> int:
         return layer.nbytes()
     tensors = [x for x in vars(layer).values() if isinstance(x, Tensor)]
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def per_layer(model: PreTrainedModel | PreTrainedConfig, name: str, value: Any) -> list[Any]:
+    """An argument for each layer: `value` for all, or a list of one for each.
+
+    Raises ValueError, naming the argument, if the list is not as long as the model has layers.
+    """
+    layers = config_of(model).num_hidden_layers
+    if not isinstance(value, list | tuple):
+        return [value] * layers
+    if len(value) != layers:
+        raise ValueError(f"{name} has {len(value)} entries, must have one for each of {layers} layers")
+    return list(value)

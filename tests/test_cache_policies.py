@@ -1,0 +1,130 @@
+"""What every cache policy promises: the full cache while everything fits, rows apart, memory freed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from heedful.cache import SnapKVCache, SnapKVStreamingCache, StreamingCache, create, names
+from heedful.cache.layer import PolicyLayer
+from tests.cache_families import FAMILIES, made, qwen2_vl, tokens
+
+# Each policy with a small budget, and with one that covers 40 tokens.
+POLICIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "streaming": (
+        lambda m: StreamingCache(m, sinks=2, window=6),
+        lambda m: StreamingCache(m, sinks=2, window=38),
+    ),
+    "snapkv": (
+        lambda m: SnapKVCache(m, window=3, capacity=7, kernel=3),
+        lambda m: SnapKVCache(m, window=3, capacity=40),
+    ),
+    "snapkv-max": (
+        lambda m: SnapKVCache(m, window=[2, 3], capacity=[6, 8], kernel=3, pooling="max", group_reduce="max"),
+        lambda m: SnapKVCache(m, window=3, capacity=[30, 40], pooling="max"),
+    ),
+    "snapkv-streaming": (
+        lambda m: SnapKVStreamingCache(m, window=3, capacity=7, recent=3),
+        lambda m: SnapKVStreamingCache(m, window=3, capacity=20, recent=20),
+    ),
+}
+HOW = {"max_new_tokens": 9, "do_sample": False}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_is_unchanged_while_everything_fits(family, policy):
+    model = made(family)
+    ids = tokens(2, 6)
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), **HOW)
+    cache = POLICIES[policy][1](model)
+    got = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **HOW)
+    assert torch.equal(got, wanted)
+    assert cache.get_seq_length() == 14
+    cache.reset()
+    got = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **HOW)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_padded_rows_are_the_rows_alone(policy, beams):
+    model, ids = made(), tokens(3, 13)
+    mask = torch.ones_like(ids)
+    mask[1, :4], mask[2, :9] = 0, 0
+    how = HOW | {"num_beams": beams}
+    make = POLICIES[policy][0]
+    together = model.generate(ids * mask, attention_mask=mask, past_key_values=make(model), **how)[:, 13:]
+    for row in range(3):
+        alone = ids[row : row + 1, mask[row] == 1]
+        got = model.generate(alone, past_key_values=make(model), **how)[0, alone.shape[1] :]
+        assert torch.equal(got, together[row])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bytes_are_those_of_the_tensors_held(policy):
+    model, ids = made(), tokens(1, 30)
+    cache, full = POLICIES[policy][0](model), hf.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids, past_key_values=full)
+    held = 0
+    for layer in cache.layers:
+        for name in layer.rows:
+            if isinstance(x := getattr(layer, name), torch.Tensor):
+                assert (
+                    x.untyped_storage().nbytes() == x.numel() * x.element_size()
+                )  # no view of what was dropped
+                held += x.numel() * x.element_size()
+        assert layer.keys.shape[1] == 2  # KV heads unrepeated
+    assert cache.nbytes() == held
+    whole = sum(2 * layer.keys.numel() * 4 for layer in full.layers)
+    assert held < whole
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sliding_layers_stay_as_they_are(policy):
+    model = made(
+        "qwen2",
+        use_sliding_window=True,
+        sliding_window=3,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    cache = POLICIES[policy][0](model)
+    assert isinstance(cache.layers[0], PolicyLayer)
+    assert type(cache.layers[1]).__name__ == "DynamicSlidingWindowLayer"
+    model.generate(tokens(1, 9), past_key_values=cache, **HOW)
+    assert cache.layers[1].keys.shape[2] == 2
+    cache, ids = POLICIES[policy][1](model), tokens(1, 9)
+    wanted = model.generate(ids, **HOW)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **HOW), wanted)
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if "streaming" not in p])
+def test_text_with_an_image(policy):
+    model, told = qwen2_vl()
+    wanted = model.generate(**told, **HOW)
+    big = model.generate(**told, past_key_values=POLICIES[policy][1](model), **HOW)
+    assert torch.equal(big, wanted)
+    small = POLICIES[policy][0](model)
+    assert model.generate(**told, past_key_values=small, **HOW).shape == wanted.shape
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "streaming"])
+@pytest.mark.door
+def test_another_attention_implementation_is_told_what_to_do(policy):
+    model = made(implementation="sdpa")
+    with pytest.raises(ValueError, match=r'looks at the queries.*set_attn_implementation\("heedful"\)'):
+        model.generate(tokens(1, 5), past_key_values=POLICIES[policy][0](model), **HOW)
+
+
+def test_every_policy_is_created_by_a_budget():
+    model = made()
+    for name in names():
+        cache = create(name, model, budget=24)
+        model.generate(tokens(1, 30), past_key_values=cache, **HOW)
+        assert cache.get_seq_length() == 38
