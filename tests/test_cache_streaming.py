@@ -87,6 +87,21 @@ def test_a_block_of_new_tokens_sees_itself_and_the_cache():
     torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_room_is_made_before_a_prompt():
+    model = made("llama")
+    ids = torch.randint(1, 37, (1, 16), generator=torch.Generator().manual_seed(0))
+    cache = StreamingCache(model, sinks=2, window=7)
+    with torch.no_grad():
+        model(ids[:, :12], past_key_values=cache)
+        cache.make_room(4)
+        assert cache.layers[0].keys.shape[2] == 5
+        logits = model(ids[:, 12:], past_key_values=cache).logits
+        wanted = model(torch.cat([ids[:, :2], ids[:, 9:]], dim=1)).logits[:, -4:]
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
+    cache.make_room(100)
+    assert cache.layers[0].keys.shape[2] == 2  # the sinks
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_generation_is_unchanged_while_everything_fits(family):
     model = made(family, num_hidden_layers=2)

@@ -77,7 +77,7 @@ class PolicyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self._settle()
+        self.settle()
         self.store(key_states, value_states)
         self.seen += key_states.shape[-2]
         keys, values = self.read()
@@ -91,7 +91,7 @@ class PolicyLayer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        self._settle()
+        self.settle()
         kept = self.held()
         return kept + query_length, self.seen - kept
 
@@ -113,7 +113,7 @@ class PolicyLayer(DynamicLayer):
 
     def nbytes(self) -> int:
         """Bytes held."""
-        self._settle()
+        self.settle()
         tensors = [x for name in self.rows if isinstance(x := getattr(self, name), Tensor)]
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
@@ -151,7 +151,7 @@ class PolicyLayer(DynamicLayer):
         self._pending = False
         return told
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Apply the policy where no attention implementation has asked since the last update."""
         if not self._pending:
             return
@@ -165,7 +165,7 @@ class PolicyLayer(DynamicLayer):
         self._pending = False
 
     def _rows(self, change: Any) -> None:
-        self._settle()
+        self.settle()
         for name in self.rows:
             if isinstance(x := getattr(self, name), Tensor):
                 setattr(self, name, change(x))

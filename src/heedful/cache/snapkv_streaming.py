@@ -53,7 +53,7 @@ class SnapKVStreamingCache(PolicyCache):
 
     @classmethod
     def of_budget(cls, model: PreTrainedModel | PreTrainedConfig, budget: int) -> Self:
-        """Half of `budget` for the prompt and half for what follows; up to 32 of the prompt are the window."""
+        """Half of `budget` for the prompt and half for what follows; up to 32 of it are the window."""
         if budget < 4:
             raise ValueError(
                 f"budget is {budget}, must be at least 4: a prompt's window and choice, and recent tokens"

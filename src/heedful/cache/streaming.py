@@ -48,6 +48,13 @@ class StreamingCache(PolicyCache):
         rotation = rotation_of(model) if sinks else None
         super().__init__(model, lambda _: StreamingLayer(sinks, window, rotation))
 
+    def make_room(self, coming: int) -> None:
+        """Drop so many tokens of the window now that `coming` more will fit into it."""
+        check_positive("coming", coming)
+        for layer in self.layers:
+            if isinstance(layer, StreamingLayer):
+                layer.make_room(coming)
+
     @classmethod
     def of_budget(cls, model: PreTrainedModel | PreTrainedConfig, budget: int) -> Self:
         """A cache of `budget` tokens, 4 of them sinks."""
@@ -75,7 +82,17 @@ class StreamingLayer(PolicyLayer):
         return torch.cat([sinks, self.keys[:, :, self.sinks :]], dim=2), self.values
 
     def retain(self, query: Tensor | None, scale: float, told: Visibility | None) -> None:
-        old = self.keys.shape[2] - self.window  # tokens before the window
+        self.shrink(self.window)
+
+    def make_room(self, coming: int) -> None:
+        """See `StreamingCache`."""
+        self.settle()
+        if self.held() + coming > self.sinks + self.window:
+            self.shrink(max(0, self.window - coming))
+
+    def shrink(self, window: int) -> None:
+        """Keep the sinks and the last `window` tokens."""
+        old = self.held() - window  # tokens before the window
         if old <= self.sinks:
             return
         batch, device = self.keys.shape[0], self.keys.device
@@ -86,8 +103,8 @@ class StreamingLayer(PolicyLayer):
         kept = valid.gather(1, first).sum(1)
         dropped = valid.sum(1) - kept
         self.dropped = dropped if self.dropped is None else self.dropped + dropped
-        window = torch.arange(old, self.keys.shape[2], device=device).expand(batch, -1)
-        self.keep(torch.cat([first, window], dim=1))
+        last = torch.arange(old, self.held(), device=device).expand(batch, -1)
+        self.keep(torch.cat([first, last], dim=1))
         if self.valid is not None:
             self.valid = self.valid[:, 0]  # all heads keep the same tokens
 
