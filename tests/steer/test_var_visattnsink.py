@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from heedful.hf import Handler, tap
+from heedful.inspect.sinks import find_sink_dims, sink_score
 from heedful.steer import VisualAttentionRedistribution
-from heedful.steer.var_visattnsink import find_sink_dims, redistribute, sink_score
+from heedful.steer.var_visattnsink import redistribute
 from tests.steer.contract import check_intervention
 from tests.steer.models import llama, llava, picture_prompt, words
 

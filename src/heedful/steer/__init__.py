@@ -18,7 +18,9 @@ mend_torchvision()
 
 _LAZY = {
     "AgentSD": "heedful.steer.agentsd",
+    "AttentionCalibration": "heedful.steer.act_attention_calibration",
     "Intervention": "heedful.steer.intervention",
+    "VisualAttentionReallocation": "heedful.steer.dara",
     "VisualAttentionRedistribution": "heedful.steer.var_visattnsink",
 }
 

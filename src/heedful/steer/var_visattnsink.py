@@ -14,26 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heedful.hf.tap import Site
+from heedful.inspect.sinks import find_sink_tokens
 from heedful.registry import register
 from heedful.steer.intervention import Intervention, decoder_layers
-
-
-def sink_score(hidden: Float[Tensor, "b n c"], dims: Sequence[int]) -> Float[Tensor, "b n"]:
-    """How massive the activation of a token is in the given channels, in float32.
-
-        phi(x) = max_{d in dims} |x_d| / sqrt(mean(x^2) + 1e-6)
-
-    Source: arXiv 2503.03321.
-    """
-    x = hidden.float()
-    norm = (x.square().mean(-1) + 1e-6).sqrt()
-    return x[..., list(dims)].abs().amax(-1) / norm
-
-
-def find_sink_dims(hidden: Float[Tensor, "n c"], *, count: int = 2) -> list[int]:
-    """The channels in which the first token is most massive: those of its largest normalised activations."""
-    first = hidden[0].float()
-    return first.abs().topk(count).indices.tolist()
 
 
 def redistribute(
@@ -127,12 +110,7 @@ class VisualAttentionRedistribution(Intervention):
         hidden = args[0] if args else kwargs["hidden_states"]
         if layer in self._sinks:
             return
-        if self.dims is not None:
-            self._sinks[layer] = sink_score(hidden, self.dims) > self.threshold
-        else:
-            self._sinks[layer] = torch.cat(
-                [sink_score(row[None], find_sink_dims(row)) > self.threshold for row in hidden]
-            )
+        self._sinks[layer] = find_sink_tokens(hidden, dims=self.dims, threshold=self.threshold)
 
     def weights(self, site: Site, weights: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
         sinks = self._sinks.get(site.layer)
