@@ -18,6 +18,7 @@ mend_torchvision()
 _LAZY = {
     "PolicyCache": "heedful.cache.layer",
     "PolicyLayer": "heedful.cache.layer",
+    "RecycledCache": "heedful.cache.recycled",
     "SnapKVCache": "heedful.cache.snapkv",
     "SnapKVStreamingCache": "heedful.cache.snapkv_streaming",
     "StreamingCache": "heedful.cache.streaming",
