@@ -21,6 +21,8 @@ def tiny(kind: str, **changes: Any) -> transformers.PreTrainedModel:
     """A model in eval mode; biases and norms are random too."""
     torch.manual_seed(0)
     kv = {} if kind in ("Bert", "Roberta", "Electra") else {"num_key_value_heads": 6}
+    if kind == "Qwen3":
+        kv["head_dim"] = 8
     config = getattr(transformers, f"{kind}Config")(**{**COMMON, **kv, **changes})
     name = f"{kind}Model" if kind in ("Bert", "Roberta", "Electra") else f"{kind}ForCausalLM"
     model = getattr(transformers, name)(config)
@@ -85,7 +87,7 @@ def whole(model: transformers.PreTrainedModel) -> torch.Tensor:
     return model(**inputs, position_ids=positions).logits[inputs["attention_mask"].bool()]
 
 
-def check_decodes(model: transformers.PreTrainedModel, path: Any) -> None:
+def check_decodes(model: transformers.PreTrainedModel, path: Any, *, static: bool = True) -> None:
     """Pieces equal the whole, it generates greedily and with beams, and it comes back from a folder."""
     torch.testing.assert_close(stepwise(model), whole(model), rtol=2e-4, atol=2e-4)
     ids = texts(1, 5)["input_ids"]
@@ -98,7 +100,8 @@ def check_decodes(model: transformers.PreTrainedModel, path: Any) -> None:
     with_cache = model.generate(ids, **options)
     assert with_cache.shape == (1, 9)
     assert torch.equal(with_cache, model.generate(ids, use_cache=False, **options))
-    assert torch.equal(with_cache, model.generate(ids, cache_implementation="static", **options))
+    if static:
+        assert torch.equal(with_cache, model.generate(ids, cache_implementation="static", **options))
     assert model.generate(ids, num_beams=2, **options).shape == (1, 9)
     check_loads(model, path)
 

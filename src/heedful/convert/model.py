@@ -98,7 +98,9 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 def _kinds() -> dict[str, type[ConvertedAttention]]:
     from heedful.convert.attention import HeadsAttention
+    from heedful.convert.gda import GrownAttention
     from heedful.convert.mla import LatentAttention
     from heedful.convert.moh import MixtureOfHeadsAttention
 
-    return {kind.kind: kind for kind in (HeadsAttention, LatentAttention, MixtureOfHeadsAttention)}
+    made = (GrownAttention, HeadsAttention, LatentAttention, MixtureOfHeadsAttention)
+    return {kind.kind: kind for kind in made}

@@ -50,6 +50,7 @@ class Site:
         """Of the module as it is."""
         linears = (self.query, self.key, self.value, self.out)
         own = {id(p): p for m in (self.module, self.out) for p in m.parameters()}
+        products = 4 if hasattr(self.module, "lambda_q1") else 2  # DiffLlama weighs two halves of the values
         cached = self.key.out_features + self.value.out_features
         return Cost(
             f"{self.heads} heads"
@@ -57,7 +58,7 @@ class Site:
             else f"{self.heads} heads, {self.kv_heads} KV",
             sum(p.numel() for p in own.values()),
             cached * self.key.weight.element_size() if self.module.is_causal else 0,
-            sum(linear.weight.numel() for linear in linears) + 2 * context * self.query.out_features,
+            sum(linear.weight.numel() for linear in linears) + products * context * self.query.out_features,
         )
 
 
