@@ -70,7 +70,7 @@ class AttentionCalibration(Intervention):
     beta        share of its weight that a sink keeps; 1: nothing changes
     threshold   of the mean attention received
     heads       query heads by layer, e.g. {2: [0, 5]}; None: all heads
-    layers      changed layers; None: all but the first two and the last
+    layers      changed layers, where heads is None; None: all but the first two and the last
 
     Left padding is known from the model's mask. Raises ValueError if beta is not in [0, 1].
     Source: ACT, arXiv 2406.15765.
@@ -96,13 +96,9 @@ class AttentionCalibration(Intervention):
     def wants(self, site: Site) -> bool:
         if not super().wants(site):
             return False
-        if self.heads is not None and site.layer not in self.heads:
-            return False
-        return (
-            site.layer in self.layers
-            if self.layers is not None
-            else 2 <= site.layer < self.reading.layers - 1
-        )
+        if self.heads is not None:
+            return site.layer in self.heads
+        return 2 <= site.layer < self.reading.layers - 1 if self.layers is None else site.layer in self.layers
 
     def weights(self, site: Site, weights: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
         n, m = weights.shape[2:]
