@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,6 +26,7 @@ try:
 except ModuleNotFoundError as missing:
     raise ImportError("heedful.hf needs transformers 5: pip install 'heedful[hf]'") from missing
 
+from heedful.inspect.site import Visibility
 from heedful.ops.attention import attention
 from heedful.patterns import Causal, Full, Pattern, Window
 
@@ -223,15 +224,6 @@ def attention_forward(
     out = attention(query, key, value, **told, scale=scaling, sink_logits=s_aux, dropout_p=dropout)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
-
-
-class Visibility(TypedDict):
-    """Who sees whom in a call, as `heedful.attention` takes it."""
-
-    pattern: Pattern | None
-    bias: Tensor | None
-    key_mask: Bool[Tensor, "b m"] | None
-    query_offset: int
 
 
 # A cache that is asked about the keys it has given puts a function here, under the tensor that its `update`

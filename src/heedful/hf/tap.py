@@ -14,108 +14,21 @@ order they were entered.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from heedful.hf.attention import Visibility, Visible, visibility, visible_mask
+from heedful.hf.attention import Visible, visibility, visible_mask
+from heedful.inspect.site import Site, crosses, layer_of
 from heedful.ops.attention import attention
 
 NAME = "heedful-tap"
-
-
-@dataclass
-class Site:
-    """One attention call of a model, before it is computed.
-
-    name      of the attention module in the model, e.g. "model.layers.3.self_attn"
-    layer     its layer_idx, or where it has none the first number in its name
-    cross     whether the keys are those of another sequence
-    key and value keep the model's KV heads, unrepeated. Dense tables are made when asked for, for all query
-    rows or for some of them, so that long inputs can be looked at in pieces.
-    """
-
-    module: nn.Module
-    name: str
-    layer: int
-    cross: bool
-    query: Float[Tensor, "b hq n d"]
-    key: Float[Tensor, "b hkv m d"]
-    value: Float[Tensor, "b hkv m e"]
-    scale: float
-    visibility: Visibility
-    softcap: float | None = None
-    sink_logits: Float[Tensor, " hq"] | None = None
-    notes: dict[str, Any] = field(default_factory=dict)  # for handlers to hand on within the call
-
-    @property
-    def prefill(self) -> bool:
-        """Whether more than one query is asked at once."""
-        return self.query.shape[2] > 1
-
-    @cached_property
-    def _offset(self) -> int:
-        return self.visibility["query_offset"]
-
-    def visible(self, rows: slice = slice(None)) -> Bool[Tensor, "b hq r m"]:
-        """The pairs that the model lets see each other, broadcast over what they do not depend on."""
-        n, m = self.query.shape[2], self.key.shape[2]
-        device = self.query.device
-        seen = torch.ones(1, 1, len(range(*rows.indices(n))), m, dtype=torch.bool, device=device)
-        pattern, key_mask = self.visibility["pattern"], self.visibility["key_mask"]
-        if pattern is not None:
-            b = torch.arange(pattern.batch, device=device)[:, None, None, None]
-            h = torch.arange(pattern.heads, device=device)[:, None, None]
-            q = torch.arange(n, device=device)[rows, None] + self._offset
-            seen = seen & pattern.visible(b, h, q, torch.arange(m, device=device))
-        return seen if key_mask is None else seen & key_mask[:, None, None]
-
-    def logits(self, rows: slice = slice(None)) -> Float[Tensor, "b hq r m"]:
-        """scale q . k, soft-capped and with the model's bias; -inf where the model hides the key."""
-        query = self.query[:, :, rows]
-        groups = query.shape[1] // self.key.shape[1]
-        logits = query.unflatten(1, (-1, groups)) @ self.key[:, :, None].transpose(-2, -1) * self.scale
-        logits = logits.flatten(1, 2)
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        bias = self.visibility["bias"]
-        if bias is not None:
-            logits = logits + (bias[..., rows, :] if bias.shape[-2] > 1 else bias)
-        return logits.masked_fill(~self.visible(rows), -torch.inf)
-
-    def weights(self, rows: slice = slice(None)) -> Float[Tensor, "b hq r m"]:
-        """The attention weights; zeros in rows that see nothing."""
-        return self.softmax(self.logits(rows))
-
-    def lse(self, rows: slice = slice(None)) -> Float[Tensor, "b hq r"]:
-        """The logarithm of the softmax denominator, in float32, the sink logit included."""
-        lse = self.logits(rows).float().logsumexp(-1)
-        if self.sink_logits is not None:
-            lse = torch.logaddexp(lse, self.sink_logits.float()[:, None])
-        return lse
-
-    def softmax(self, logits: Float[Tensor, "b hq r m"]) -> Float[Tensor, "b hq r m"]:
-        """Logits as weights, in float32 as models have it; a sink logit takes its share."""
-        x = logits.float()
-        if self.sink_logits is not None:
-            sink = self.sink_logits.float()[:, None, None].expand(*x.shape[:3], 1)
-            x = torch.cat([x, sink], dim=-1)
-        x = x.softmax(-1)[..., : logits.shape[-1]]
-        return x.masked_fill(logits == -torch.inf, 0.0).to(logits.dtype)
-
-    def mix(self, weights: Float[Tensor, "b hq r m"]) -> Float[Tensor, "b hq r e"]:
-        """Weights times values: what each head puts out."""
-        groups = weights.shape[1] // self.value.shape[1]
-        return (weights.unflatten(1, (-1, groups)) @ self.value[:, :, None]).flatten(1, 2)
 
 
 class Handler:
@@ -232,8 +145,8 @@ def _forward(
     site = Site(
         module,
         name,
-        _layer(module, name),
-        _crosses(module, name),
+        layer_of(module, name),
+        crosses(module, name),
         query,
         key,
         value,
@@ -261,19 +174,6 @@ def _forward(
     for handler in handlers:
         output = handler.output(site, output)
     return output.transpose(1, 2).contiguous(), None
-
-
-def _layer(module: nn.Module, name: str) -> int:
-    index = getattr(module, "layer_idx", None)
-    if index is None:
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-        index = int(found[1]) if found else 0
-    return int(index)
-
-
-def _crosses(module: nn.Module, name: str) -> bool:
-    told = getattr(module, "is_cross_attention", None)
-    return bool(told) if told is not None else any(w in name for w in ("encoder_attn", "cross", "EncDec"))
 
 
 AttentionInterface.register(NAME, _forward)

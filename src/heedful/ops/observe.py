@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -44,10 +44,26 @@ def observe() -> Iterator[list[Visit]]:
         _observer.reset(token)
 
 
+_watcher: ContextVar[Callable[[Call], None] | None] = ContextVar("watcher of attention calls", default=None)
+
+
+@contextmanager
+def watch(see: Callable[[Call], None]) -> Iterator[None]:
+    """Show every `heedful.attention` call inside the context to `see`, before it is computed."""
+    token = _watcher.set(see)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
 def note(call: Call) -> None:
-    """Tell the observer, if there is one, of a call."""
+    """Tell the observer and the watcher, where there are any, of a call."""
     if torch.compiler.is_compiling():  # a context variable would break the graph
         return
+    see = _watcher.get()
+    if see is not None:
+        see(call)
     visits = _observer.get()
     if visits is None:
         return
