@@ -95,6 +95,8 @@ def _given(example: dict[str, Any]) -> str:
 
 
 def _literal(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
     if not isinstance(value, Tensor):
         return repr(value)
     shape = ", ".join(map(str, value.shape))

@@ -100,7 +100,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, hidden)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "b n c"], size: tuple[int, int]) -> Float[Tensor, "b n c"]:
+    def forward(
+        self, x: Float[Tensor, "b n c"], size: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b n c"]:
         x = x + self.drop_path(self.mixer(self.norm1(x), size=size))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -115,7 +117,9 @@ class DenseAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "b n c"], *, size: tuple[int, int]) -> Float[Tensor, "b n c"]:
+    def forward(
+        self, x: Float[Tensor, "b n c"], *, size: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b n c"]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         y = attention(q, k, v)
         assert isinstance(y, Tensor)

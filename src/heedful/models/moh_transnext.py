@@ -78,7 +78,7 @@ class MoHTransNeXt(TransNeXt):
             if len(values) != len(depths):
                 raise ValueError(f"{name} is {tuple(values)}, must be as long as depths")
         layers = sum(depth for depth, routed in zip(depths, routed_heads, strict=True) if routed)
-        self._gates = [
+        self._gates: list[dict[str, Any]] = [
             {"shared_heads": shared, "routed_heads": routed, "load_balance": 0.01 / max(1, layers)}
             for shared, routed in zip(shared_heads, routed_heads, strict=True)
         ]
