@@ -8,6 +8,7 @@ from torch import Tensor
 
 from heedful.checks import check_choice
 from heedful.ops.linear import WITH_KERNEL, decay_sums, exp_in_two, fade
+from heedful.ops.precision import no_autocast
 from heedful.ops.segments import in_segments, segment_sizes
 from heedful.registry import register
 
@@ -60,7 +61,7 @@ def gated_delta_rule(
     work = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     batch, heads, n, dim = query.shape
 
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         if log_decay is None:
             log_decay = query.new_zeros(batch, heads, n, dtype=work)
         if state is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heedful.checks import check_choice, check_mask
 from heedful.ops.linear import FORMS, linear_attention
+from heedful.ops.precision import no_autocast
 from heedful.ops.segments import in_segments, segment_sizes
 from heedful.registry import register
 
@@ -74,7 +75,7 @@ def flow_attention(
     given = (query, key, value) if state is None else (query, key, value, *state)
     work = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
 
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         if causal:
             query_mask = key_mask
         q, k = (_features(x, mask, work) for x, mask in ((query, query_mask), (key, key_mask)))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from heedful.checks import check_choice, check_positive
+from heedful.ops.precision import no_autocast
 from heedful.ops.segments import in_segments, segment_sizes
 from heedful.registry import register
 
@@ -67,7 +68,7 @@ def linear_attention(
     tensors = [t for t in (query, key, value, log_decay, state) if t is not None]
     work = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         if normalize:  # z is the state of a value that is always 1
             value = F.pad(value, (0, 1), value=1.0)
         if causal:

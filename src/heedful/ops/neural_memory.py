@@ -13,6 +13,7 @@ from torch import Tensor
 
 from heedful.checks import check_choice, check_positive
 from heedful.ops.linear import FORMS, decay_sums
+from heedful.ops.precision import no_autocast
 from heedful.ops.segments import in_segments, segment_sizes
 from heedful.registry import register
 
@@ -89,7 +90,7 @@ def neural_memory_update(
             outs.append(out)
         return torch.cat(outs, dim=2), reference, weights, momentum
 
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         tokens, states = [x.to(work) for x in tokens], [x.to(work) for x in states]
         one = _recurrent if form == "recurrent" or (form == "auto" and n < 4) else _chunk
         outs = []
@@ -112,7 +113,7 @@ def read_memory(
 ) -> Float[Tensor, "b h n e"]:
     """M(q) with the same weights for all tokens: reading without a write. The dtype is that of query."""
     work = torch.promote_types(weights.dtype, query.dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         x = query.to(work)
         *hidden, last = _layers(weights.to(work), list(itertools.pairwise(widths)))
         for layer in hidden:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from heedful.checks import check_choice
+from heedful.ops.precision import no_autocast
 from heedful.ops.segments import in_segments, segment_sizes
 from heedful.registry import register
 
@@ -72,7 +73,7 @@ def selective_scan(
     work = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in given) else torch.float32
     batch, dim, n = u.shape
 
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u):
         if form == "kernel" and u.numel() and A.numel():
             y, state = _kernel(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus)
             return (y, state) if return_state else y
@@ -209,7 +210,7 @@ class _Segment(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         *tokens, before, A = ctx.saved_tensors
-        with torch.autocast(before.device.type, enabled=False):
+        with no_autocast(before):
             u, step, B, C, dy = (_split(x) for x in (*tokens, grads[0]))
             decay, kept = (step[..., None] * A).exp(), (step.sum(0)[..., None] * A).exp()
             h, _ = _states(decay, (step * u)[..., None] * B[..., None, :], kept, before)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from heedful.checks import check_choice
 from heedful.ops.linear import linear_attention
+from heedful.ops.precision import no_autocast
 from heedful.ops.segments import in_segments, segment_sizes
 from heedful.registry import register
 
@@ -63,7 +64,7 @@ def softmax_prefix_scan(
     work = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     batch, heads, n, width = value.shape
 
-    with torch.autocast(value.device.type, enabled=False):
+    with no_autocast(value):
         if state is None:
             m, u, w = (
                 value.new_full((batch, heads), -math.inf, dtype=work),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from heedful.checks import check_map, check_positive
 from heedful.mixers.mixer import Mixer
+from heedful.ops.precision import no_autocast
 from heedful.registry import register
 
 
@@ -59,7 +60,7 @@ class SpectralGating(Mixer):
         size = (x.shape[2], x.shape[3])
         if len(x) == 0:
             return x.clone()  # the CPU's transform refuses an empty batch
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             wide = torch.promote_types(x.dtype, torch.float32)
             spectrum = torch.fft.rfft2(x.to(wide), norm="ortho") * self.filter(size, wide)
             return torch.fft.irfft2(spectrum, s=size, norm="ortho").to(x.dtype)

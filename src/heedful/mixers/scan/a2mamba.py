@@ -17,6 +17,7 @@ from heedful.mixers.mixer import Mixer
 from heedful.mixers.scan.selective_ssm import SelectiveSSM
 from heedful.ops.attention import attention
 from heedful.ops.neighborhood import NeighborhoodMap
+from heedful.ops.precision import no_autocast
 from heedful.ops.rotary import rotate
 from heedful.registry import register
 
@@ -53,7 +54,7 @@ class AttentionAugmentedSSM(nn.Module):
         """The result is float32, or float64 if x is."""
         u = F.silu(self.conv(x)).flatten(2)
         h, read = (t[:, 0] for t in self.ssm.hidden(u[:, None]))
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             if maps is not None:
                 states = rearrange(h, "b (m h d) n -> m b h n d", m=len(maps), h=self.heads // 2)
                 found = [

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from heedful.checks import check_positive
+from heedful.ops.precision import no_autocast
 from heedful.ops.scan import selective_scan
 
 
@@ -70,7 +71,7 @@ class SelectiveSSM(nn.Module):
         return_state: bool = False,
     ) -> Float[Tensor, "b routes d n"] | tuple[Float[Tensor, "b routes d n"], Float[Tensor, "b rd s"]]:
         """Every route from its state (None: nothing) to its last token; float32, or float64 if u is."""
-        with torch.autocast(u.device.type, enabled=False):
+        with no_autocast(u):
             u = u.to(torch.promote_types(u.dtype, torch.float32))
             step, B, C = self._given(u)
             y, state = self._scan(u, step, B, C, self.skip.flatten(), state)
@@ -80,7 +81,7 @@ class SelectiveSSM(nn.Module):
         """The states h (b, routes, d, n) and the C (b, routes, 1, n) to read them, if state_dim is 1."""
         if self.state_dim != 1:
             raise ValueError(f"state_dim is {self.state_dim}, must be 1 to give the states themselves")
-        with torch.autocast(u.device.type, enabled=False):
+        with no_autocast(u):
             u = u.to(torch.promote_types(u.dtype, torch.float32))
             step, B, C = self._given(u)
             return self._scan(u, step, B, torch.ones_like(C), None, None)[0], C
