@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from heedful.checks import check_divides, check_map, check_positive
 from heedful.mixers.mixer import Mixer
-from heedful.ops.attention import attention
 from heedful.registry import register
 
 
@@ -99,14 +98,15 @@ class CascadedGroupAttention(Mixer):
             given = slice_ + outputs[-1] if outputs else slice_  # 2
             q, k, v = self.qkvs[i](given).split([self.key_dim, self.key_dim, slice_.shape[1]], dim=1)  # 3
             q = self.dws[i](q)
-            q, k, v = (t.flatten(2).mT[:, None].contiguous() for t in (q, k, v))
-            y = attention(q, k, v, bias=biases[i].to(q.dtype))  # 4
-            outputs.append(y[:, 0].mT.unflatten(2, size))
+            q, k, v = q.flatten(2), k.flatten(2), v.flatten(2)
+            logits = (q * self.key_dim**-0.5).mT @ k + biases[i]  # 4
+            outputs.append((v @ logits.softmax(-1).mT.to(v.dtype)).unflatten(2, size))
         return self.proj(torch.cat(outputs, dim=1))  # 5
 
     def _biases(self, size: tuple[int, ...]) -> Float[Tensor, "h n n"]:
-        y, x = (torch.arange(side, device=self.attention_biases.device) for side in size)
-        rows, columns = (y[:, None] - y).abs(), (x[:, None] - x).abs()
+        step = torch.arange(max(size), device=self.attention_biases.device)
+        far = (step[:, None] - step).abs()
+        rows, columns = (far[:side, :side] for side in size)
         places = rows[:, None, :, None] * self.window + columns[None, :, None, :]
         return self.attention_biases[:, places.flatten(2).flatten(0, 1)]
 
