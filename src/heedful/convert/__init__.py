@@ -25,6 +25,7 @@ _FILES = {
     "Report": "report",
     "HeadGroups": "dha",
     "distillation_loss": "distill",
+    "frozen_lm_block": "lm_block",
     "fuse_gradually": "dha",
     "grow_mixer": "gda",
     "grow_signal_heads": "gda",
@@ -33,6 +34,7 @@ _FILES = {
     "load": "model",
     "prefer": "distill",
     "preference_loss": "distill",
+    "prune_experts": "experts",
     "prune_heads": "prune",
     "recover": "distill",
     "search_groups": "dha",
@@ -40,6 +42,7 @@ _FILES = {
     "to_gqa": "gqa",
     "to_mla": "mla",
     "to_moh": "moh",
+    "to_shrp": "experts",
 }
 __all__ = sorted(_FILES)
 
