@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from heedful.steer.var_visattnsink import redistribute, sink_score
+from heedful.inspect.sinks import sink_score
+from heedful.steer.var_visattnsink import redistribute
 from tests.parity.harness import Tensors, adapter
 
 

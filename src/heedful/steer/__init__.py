@@ -19,6 +19,8 @@ mend_torchvision()
 _LAZY = {
     "AgentSD": "heedful.steer.agentsd",
     "AttentionCalibration": "heedful.steer.act_attention_calibration",
+    "ImageTokenBoost": "heedful.steer.paint",
+    "InformedTokenBoost": "heedful.steer.paint",
     "Intervention": "heedful.steer.intervention",
     "VisualAttentionReallocation": "heedful.steer.dara",
     "VisualAttentionRedistribution": "heedful.steer.var_visattnsink",

@@ -1,0 +1,84 @@
+"""What a vision tower's class token looks at, brought to the image tokens of the prompt."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from heedful.hf.tap import Site
+from heedful.steer.intervention import Reading
+
+
+class VisionTower:
+    """Where the attention of a model's vision tower is: `prefix` of its modules, number of `layers`.
+
+    Raises ValueError if the model has no vision tower of its own.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = getattr(model.config, "vision_config", None)
+        if config is None:
+            raise ValueError(
+                f"model is a {type(model).__name__}, must have a vision tower (a vision_config), "
+                "whose class token says which image tokens matter; else tell the tokens"
+            )
+        towers = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, PreTrainedModel) and isinstance(module.config, type(config))
+        ]
+        if not towers:
+            raise ValueError(f"model is a {type(model).__name__}, whose vision tower was not found")
+        self.prefix = towers[0] + "."
+        layers = getattr(config, "num_hidden_layers", getattr(config, "depth", None))
+        if layers is None:
+            raise ValueError("the vision_config does not tell the number of layers (num_hidden_layers)")
+        self.layers = int(layers)
+
+    def owns(self, site: Site) -> bool:
+        """Whether an attention call is one of the vision tower."""
+        return site.name.startswith(self.prefix)
+
+
+def image_tokens(reading: Reading, given: Bool[Tensor, "b m"] | None) -> Bool[Tensor, "b m"]:
+    """The image tokens read so far: as given for the prompt, else those the configuration tells."""
+    if given is None:
+        return reading.of("image_token_id", "image_token_index")
+    more = reading.ids.shape[1] - given.shape[1]
+    if given.shape[0] != reading.ids.shape[0] or more < 0:
+        raise ValueError(
+            f"image has shape {tuple(given.shape)}, must have the {reading.ids.shape[0]} rows of the prompt "
+            f"and at most the {reading.ids.shape[1]} tokens read"
+        )
+    return torch.nn.functional.pad(given.to(reading.ids.device), (0, more))
+
+
+def on_tokens(patches: Float[Tensor, "images t"], image: Bool[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+    """Values of patches at the image tokens they became, in order; 0 at text.
+
+    Rows may be several in place of each row whose images the tower saw, as beam search has it.
+    Raises ValueError unless there is one token for each patch.
+    """
+    count, rows = int(image.sum()), image.shape[0]
+    beams = max(count // patches.numel(), 1)
+    if count != beams * patches.numel() or rows % beams:
+        raise ValueError(
+            f"the vision tower has {patches.numel()} patches ({patches.shape[0]} images of "
+            f"{patches.shape[1]}), must be as many as the image tokens of the prompt, which are {count}"
+        )
+    image = image[::beams].to(patches.device)
+    return patches.new_zeros(image.shape).masked_scatter(image, patches).repeat_interleave(beams, dim=0)
+
+
+def check_class_token(weights: Tensor, model: PreTrainedModel) -> None:
+    """Raises ValueError if a square of patches stands in the tower without a class token before it."""
+    config = model.config.vision_config
+    size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+    tokens = weights.shape[-1]
+    if isinstance(size, int) and isinstance(patch, int) and tokens == (size // patch) ** 2:
+        raise ValueError(
+            f"the vision tower of {type(model).__name__} has {tokens} tokens, all of them patches; "
+            "it must have a class token"
+        )
