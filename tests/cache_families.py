@@ -37,6 +37,8 @@ def made(family: str = "llama", *, implementation: str = "heedful", **changes: A
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)
+        table = model.get_input_embeddings().weight
+        table[0] = torch.randn_like(table[0]) / 10  # the padding token: zero, it would attend to all alike
     model.set_attn_implementation(implementation)
     return model
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 import transformers as hf
 
-from heedful.cache import RecycledCache, SnapKVCache, SnapKVStreamingCache, StreamingCache, create, names
+from heedful.cache import (
+    LayerReuseCache,
+    RecycledCache,
+    SnapKVCache,
+    SnapKVStreamingCache,
+    StreamingCache,
+    create,
+    names,
+)
 from heedful.cache.layer import PolicyLayer
 from tests.cache_families import FAMILIES, made, qwen2_vl, tokens
 
@@ -39,8 +47,12 @@ POLICIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda m: RecycledCache(m, tokens=4, check=2, similarity=0.8),
         lambda m: RecycledCache(m, tokens=40, check=2, similarity=0.8),
     ),
+    "hylra": (
+        lambda m: LayerReuseCache(m, sources=[None, 0], tokens=4, sinks=1, recent=2),
+        lambda m: LayerReuseCache(m, sources=[None, 0], tokens=40, sinks=1, recent=2),
+    ),
 }
-KEEPS_ALL = ("recycled", "recycled-dynamic")  # what they save is time
+KEEPS_ALL = ("recycled", "recycled-dynamic", "hylra")  # what they save is time
 HOW = {"max_new_tokens": 9, "do_sample": False}
 
 

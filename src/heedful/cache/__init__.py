@@ -16,12 +16,16 @@ from heedful.torchvision_shim import mend_torchvision
 mend_torchvision()
 
 _LAZY = {
+    "LayerReuseCache": "heedful.cache.hylra",
     "PolicyCache": "heedful.cache.layer",
     "PolicyLayer": "heedful.cache.layer",
     "RecycledCache": "heedful.cache.recycled",
     "SnapKVCache": "heedful.cache.snapkv",
     "SnapKVStreamingCache": "heedful.cache.snapkv_streaming",
     "StreamingCache": "heedful.cache.streaming",
+    "layer_overlap": "heedful.cache.reuse_plan",
+    "layer_sensitivity": "heedful.cache.reuse_plan",
+    "plan_layer_reuse": "heedful.cache.reuse_plan",
 }
 
 __all__ = [*_LAZY, "create", "names"]

@@ -197,6 +197,12 @@ def config_of(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def full_layers(model: PreTrainedModel | PreTrainedConfig) -> list[int]:
+    """The layers of full attention, which a policy rules."""
+    layers = DynamicCache(config=config_of(model)).layers
+    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
 def _nbytes(layer: Any) -> int:
     if isinstance(layer, PolicyLayer):
         return layer.nbytes()

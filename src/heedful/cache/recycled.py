@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from heedful.cache.layer import PolicyCache, PolicyLayer
-from heedful.cache.scores import last_weights
+from heedful.cache.scores import last_log_weights
 from heedful.checks import check_choice, check_positive
 from heedful.hf.attention import Visibility
 from heedful.registry import register
@@ -166,10 +166,10 @@ class RecycledLayer(PolicyLayer):
         m = keys.shape[2]
         if not self.wide and m <= self.tokens:
             return
-        weights = last_weights(query, keys, last=1, scale=scale, told=told)[:, :, 0].unflatten(
+        weights = last_log_weights(query, keys, last=1, scale=scale, told=told)[:, :, 0].unflatten(
             1, (keys.shape[1], -1)
         )
-        scores = weights.amax(2) if self.reduce == "max" else weights.mean(2)
+        scores = weights.amax(2) if self.reduce == "max" else weights.logsumexp(2)
         if (mask := self.readable()) is not None:  # padding leaves first
             scores = scores.masked_fill(~(mask if mask.ndim == 3 else mask[:, None]), -torch.inf)
         if self.hidden is not None:

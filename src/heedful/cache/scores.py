@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +11,12 @@ from torch import Tensor
 from heedful.hf.attention import Visibility
 
 
-def last_weights(
+def last_weights(*args: Tensor, **told: Any) -> Float[Tensor, "b hq last m"]:
+    """Attention weights, in float32, of the last queries; zeros in rows that see nothing."""
+    return last_log_weights(*args, **told).exp()
+
+
+def last_log_weights(
     query: Float[Tensor, "b hq n d"],
     key: Float[Tensor, "b hkv m d"],
     *,
@@ -17,7 +24,9 @@ def last_weights(
     scale: float,
     told: Visibility,
 ) -> Float[Tensor, "b hq last m"]:
-    """Attention weights, in float32, of the last `last` queries; zeros in rows that see nothing.
+    """Logarithms of the attention weights of the last `last` queries, in float32; -inf where nothing is seen.
+
+    They tell apart what is too little for the weights themselves, so that a choice never hangs on ties.
 
     told  who sees whom in the whole call
     """
@@ -35,4 +44,4 @@ def last_weights(
         logits = logits.masked_fill(~seen, -torch.inf)
     if (key_mask := told["key_mask"]) is not None:
         logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
-    return logits.softmax(-1).masked_fill(logits == -torch.inf, 0.0)
+    return logits.log_softmax(-1).masked_fill(logits == -torch.inf, -torch.inf)
