@@ -12,6 +12,8 @@ from heedful.mixers.pooling.abmilp import ABMILP
 from heedful.mixers.pooling.aim_pool import AIMPool
 from heedful.mixers.pooling.cae_pool import CAEPool
 from heedful.mixers.pooling.cait_pool import CaiTPool
+from heedful.mixers.pooling.coca_pool import CoCaPool
+from heedful.mixers.pooling.dolg_pool import DOLGPool
 from heedful.mixers.pooling.esimpool import ESimPool
 from heedful.mixers.pooling.siglip_pool import SigLIPPool
 from heedful.mixers.pooling.simpool import SimPool
@@ -93,6 +95,19 @@ def abmilp(p: ABMILP, x: Tensor) -> Tensor:
     return sum(w * token for w, token in zip(weights, x, strict=True)) / sum(weights)
 
 
+def coca(p: CoCaPool, x: Tensor) -> Tensor:
+    q, kv = line(norm(p.query_token[0, 0], p.norm, 1e-5), p.q), line(x, p.kv)
+    width = kv.shape[1] // 2
+    parts = [answer(own, kv[:, :width], kv[:, width:], 1) for own in q.split(width)]
+    return line(torch.cat(parts), p.proj)
+
+
+def dolg(p: DOLGPool, x: Tensor) -> Tensor:
+    z = (line(x, p.conv1) - p.bn.running_mean) / (p.bn.running_var + 1e-5).sqrt() * p.bn.weight + p.bn.bias
+    weights = [(1 + line(token.clamp(min=0), p.conv2).exp()).log() for token in z]
+    return sum(w * token / token.norm() for w, token in zip(weights, z, strict=True)) / len(x)
+
+
 Case = tuple[Callable[[], Mixer], Callable[..., Tensor]]
 CASES: dict[str, Case] = {
     "simpool": (lambda: SimPool(8), simpool),
@@ -104,6 +119,8 @@ CASES: dict[str, Case] = {
     "vjepa": (lambda: VJEPAPool(8, heads=2), vjepa),
     "siglip": (lambda: SigLIPPool(8, heads=2), siglip),
     "cait": (lambda: CaiTPool(8, heads=2), cait),
+    "coca": (lambda: CoCaPool(8, heads=3, head_dim=5), coca),
+    "dolg": (lambda: DOLGPool(8, out=6), dolg),
     "abmilp": (lambda: ABMILP(8), abmilp),
     "abmilp-without-attention": (lambda: ABMILP(8, self_attention=False), abmilp),
 }
@@ -150,7 +167,7 @@ def test_mask_leaves_tokens_out(case: str) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in pool.parameters())
 
 
-@pytest.mark.parametrize("case", ["simpool", "esimpool", "aim", "abmilp"])
+@pytest.mark.parametrize("case", ["simpool", "esimpool", "aim", "coca", "dolg", "abmilp"])
 def test_row_without_tokens_gives_zeros(case: str) -> None:
     pool = drawn(CASES[case][0])
     assert pool(tokens(3), mask=torch.zeros(2, 3).bool()).eq(0).all()
@@ -180,6 +197,19 @@ def test_aim_without_statistics_keeps_the_running_ones() -> None:
     torch.testing.assert_close(y, pool.eval()(tokens(1)[:1]))
 
 
+def test_dolg_normalises_over_the_visible_tokens_of_the_batch() -> None:
+    pool, x = drawn(CASES["dolg"][0]).train(), tokens(6)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0]]).bool()
+    before = pool.bn.running_mean.clone()
+    y = pool(x, mask=mask)
+    seen = line(x[mask], pool.conv1)
+    mean, var = seen.mean(0), seen.var(0, correction=0)
+    torch.testing.assert_close(pool.bn.running_mean, 0.9 * before + 0.1 * mean)
+    pool.bn.running_mean.copy_(mean)
+    pool.bn.running_var.copy_(var)
+    torch.testing.assert_close(y, torch.stack([dolg(pool, row[m]) for row, m in zip(x, mask, strict=True)]))
+
+
 def test_cait_starts_near_its_class_token() -> None:
     pool = CaiTPool(8, heads=2, dtype=torch.float64)
     assert pool.gamma_1.eq(1e-5).all()
@@ -202,6 +232,8 @@ def test_parameters() -> None:
         "vjepa": 12 * c * c + 9 * c + c + 4 * c,
         "siglip": 12 * c * c + 9 * c + c,
         "cait": 12 * c * c + 9 * c + c + 6 * c + 2 * c,
+        "coca": c + 2 * c + 3 * 5 * c + 2 * 5 * c + 3 * 5 * c,
+        "dolg": 6 * c + 6 + 2 * 6 + 6 + 1,
         "abmilp": 5 * c * c + 3 * c + 1,
         "abmilp-without-attention": c * c + 2 * c + 1,
     }
@@ -214,6 +246,10 @@ def test_errors() -> None:
             cls(8, heads=3)
     with pytest.raises(ValueError, match="queries is 0"):
         AIMPool(8, heads=2, queries=0)
+    with pytest.raises(ValueError, match="head_dim is 0"):
+        CoCaPool(8, head_dim=0)
+    with pytest.raises(ValueError, match="out is 0"):
+        DOLGPool(8, out=0)
     for make, _ in CASES.values():
         with pytest.raises(ValueError, match="x has shape"):
             make()(torch.zeros(2, 3, 4))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from heedful.checks import check_divides, check_positive
 from heedful.mixers.mixer import Mixer
-from heedful.mixers.pooling.token_attention import attend, query_tokens, visible_tokens
+from heedful.mixers.pooling.token_attention import attend, norm_tokens, query_tokens, visible_tokens
 from heedful.registry import register
 
 
@@ -65,19 +65,6 @@ class AIMPool(Mixer):
         self, x: Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b c"]:
         x = visible_tokens(x, self.dim, mask)
-        z = self._normalise(x, mask)
+        z = norm_tokens(self.bn, x, mask)
         query = self.cls_token.expand(len(x), -1, -1)
         return attend(query, self.k(z), self.v(z), heads=self.heads, mask=mask).mean(1)
-
-    def _normalise(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if not self.training or mask is None:
-            return self._batch_norm(x.flatten(0, 1)).view_as(x)
-        # Padding must move neither the statistics of this batch nor the running ones.
-        return torch.zeros_like(x).masked_scatter(mask[..., None], self._batch_norm(x[mask]))
-
-    def _batch_norm(self, tokens: Tensor) -> Tensor:
-        if self.training and len(tokens) > 1:
-            return self.bn(tokens)
-        return nn.functional.batch_norm(
-            tokens, self.bn.running_mean, self.bn.running_var, training=False, eps=self.bn.eps
-        )

@@ -1,4 +1,4 @@
-"""What the attentive pools share: hidden tokens, attention of pooling queries in heads, the feed-forward."""
+"""What the attentive pools share: hidden tokens, norms, attention of pooling queries, the feed-forward."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ def mean_token(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x.sum(1, keepdim=True) / max(x.shape[1], 1)
     return x.sum(1, keepdim=True) / mask.sum(1).clamp(min=1)[:, None, None]
+
+
+def norm_tokens(
+    norm: nn.BatchNorm1d, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None
+) -> Float[Tensor, "b n c"]:
+    """Batch norm over the tokens of the batch; over fewer than two it keeps the running statistics."""
+    if not norm.training or mask is None:
+        return _batch_norm(norm, x.flatten(0, 1)).view_as(x)
+    # Padding must move neither the statistics of this batch nor the running ones.
+    return torch.zeros_like(x).masked_scatter(mask[..., None], _batch_norm(norm, x[mask]))
+
+
+def _batch_norm(norm: nn.BatchNorm1d, tokens: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    if norm.training and len(tokens) > 1:
+        return norm(tokens)
+    return nn.functional.batch_norm(
+        tokens, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+    )
 
 
 def attend(
