@@ -117,6 +117,8 @@ def test_errors(tmp_path):
         heads_by_importance(torch.ones(2, 2), 0)
     with pytest.raises(ValueError, match="batches is empty"):
         head_importance(model, [])
+    with pytest.raises(ValueError, match="model has converted attention"):
+        head_importance(prune_heads(model, {0: [1]})[0], [texts()])
     with pytest.raises(ValueError, match="must be a folder with"):
         load(tmp_path)
     prune_heads(model, KEEP)[0].save_pretrained(tmp_path)

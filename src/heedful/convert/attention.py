@@ -28,6 +28,7 @@ class ConvertedAttention(nn.Module):
     """
 
     kind: ClassVar[str]
+    inside: ClassVar[str] = ""  # where the attention is in what this stands for
     num_key_value_groups = 1  # transformers repeats keys and values so often
     o_proj: nn.Linear
 

@@ -7,32 +7,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from heedful.convert.model import KEY
 from heedful.convert.sites import find_sites
-from heedful.hf.tap import Handler, Site, tap
-
-
-class _Silence(Handler):
-    """One head of one layer puts out zeros."""
-
-    def __init__(self, layer: int, head: int) -> None:
-        self.layer, self.head = layer, head
-
-    def wants(self, site: Site) -> bool:
-        return site.layer == self.layer and not site.cross
-
-    def output(self, site: Site, output: Float[Tensor, "b h n e"]) -> Float[Tensor, "b h n e"]:
-        return output.index_fill(1, torch.tensor([self.head], device=output.device), 0.0)
+from heedful.inspect.head_importance import cosine_distance, head_importance_by_pruning, jensen_shannon
 
 
 @torch.no_grad()
 def head_importance(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], *, progress: bool = True
 ) -> Float[Tensor, "layers heads"]:
-    """The change of the output when the output of one head is zero before the output projection.
+    """What a model loses with each head, by `head_importance_by_pruning`, as `heads_by_importance` takes it.
 
         with logits:  Jensen-Shannon divergence of the probabilities with and without the head, in nats
         without:      1 - cos of the texts' embeddings, the means over their tokens, with and without it
@@ -40,43 +28,46 @@ def head_importance(
     Both are means over the tokens, or texts, of all batches; padding (attention_mask 0) does not count. One
     pass over the batches for each head.
 
-    model    of the Llama or BERT kind, as transformers made it
-    batches  what the model takes, e.g. from a tokenizer
+    model     of the Llama or BERT kind, as transformers made it
+    batches   what the model takes, e.g. from a tokenizer
+    progress  show it
 
-    A head whose slice of the output projection is zero has importance 0.
     Raises ValueError for another kind of model, or without batches. Source: arXiv 2303.13731; formulas ours.
     """
     sites = find_sites(model)
+    if getattr(model.config, KEY, None):
+        raise ValueError("model has converted attention, must have its own in every layer")
     if not batches:
         raise ValueError("batches is empty, must hold at least one batch")
-    training = model.training
+    total = torch.zeros(max(s.layer for s in sites) + 1, max(s.heads for s in sites), dtype=torch.float64)
+    count, training = 0, model.training
     model.eval()
     try:
-        with tap(model, Handler()):  # the same kernels as below
-            whole = [_outcome(model, batch) for batch in batches]
-        importance = torch.zeros(max(s.layer for s in sites) + 1, max(s.heads for s in sites))
-        each = [(site.layer, head) for site in sites for head in range(site.heads)]
-        for layer, head in track(each, "heads", disable=not progress):
-            total, count = 0.0, 0
-            with tap(model, _Silence(layer, head)):
-                for batch, before in zip(batches, whole, strict=True):
-                    change = _change(before, _outcome(model, batch))
-                    total, count = total + change.sum().item(), count + change.numel()
-            importance[layer, head] = total / count
+        measure = jensen_shannon if "logits" in model(**batches[0]) else cosine_distance
+        with Progress(disable=not progress) as bar:
+            task = bar.add_task("heads", total=len(batches) * sum(site.heads for site in sites))
+            for batch in batches:
+                found = head_importance_by_pruning(
+                    model,
+                    lambda batch=batch: _outcome(model, batch),  # type: ignore[misc]
+                    measure=measure,
+                    on_head=lambda done, of: bar.advance(task),
+                )
+                for (_, layer, head), samples in zip(found.heads, found.samples, strict=True):
+                    total[layer, head] += samples.sum().item()
+                count += found.samples.shape[1]
     finally:
         model.train(training)
-    return importance
+    return (total / count).float()
 
 
-def _outcome(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[bool, Tensor]:
-    """Log-probabilities of all real tokens, or embeddings of all texts."""
-    output = model(**batch)
-    mask = batch.get("attention_mask")
-    if "logits" in output:
-        logits = output["logits"].double().log_softmax(-1)
-        real = mask.bool() if mask is not None and logits.ndim == 3 else ...
-        return True, logits[real].flatten(0, -2)
-    return False, mean_pooled(output["last_hidden_state"], mask)
+def _outcome(model: PreTrainedModel, batch: Mapping[str, Any]) -> Float[Tensor, "samples c"]:
+    """Logits of all real tokens, or embeddings of all texts."""
+    output, mask = model(**batch), batch.get("attention_mask")
+    if "logits" not in output:
+        return mean_pooled(output["last_hidden_state"], mask)
+    logits = output["logits"]
+    return logits.flatten(0, -2) if mask is None or logits.ndim == 2 else logits[mask.bool()]
 
 
 def mean_pooled(hidden: Float[Tensor, "b n c"], mask: Any = None) -> Float[Tensor, "b c"]:
@@ -84,11 +75,3 @@ def mean_pooled(hidden: Float[Tensor, "b n c"], mask: Any = None) -> Float[Tenso
     weight = torch.ones_like(hidden[..., :1]) if mask is None else mask[..., None].to(hidden.dtype)
     mean = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
     return mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-
-
-def _change(before: tuple[bool, Tensor], after: tuple[bool, Tensor]) -> Tensor:
-    (logarithmic, p), (_, q) = before, after
-    if not logarithmic:
-        return 1 - (p.double() * q.double()).sum(-1)
-    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=p.dtype))
-    return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2

@@ -52,12 +52,17 @@ def convert(
     return changed, Report(what, changes, (before, parameters(changed)), context)
 
 
-def put(model: PreTrainedModel, site: Site, new: ConvertedAttention) -> None:
-    """Let `new` stand in the place of a site, and note in the configuration what it is."""
-    setattr(site.parent, site.name.rpartition(".")[2], new)
-    if not site.rotary:
+def put(model: PreTrainedModel, site: Site, new: Any) -> None:
+    """Let `new` stand in the place of a site, or of its layer, and note in the configuration what it is."""
+    model.set_submodule(site.name.removesuffix(new.inside), new)
+    if isinstance(new, ConvertedAttention) and not site.rotary:
         site.parent.output.dense = nn.Identity()  # type: ignore[union-attr]  # it is `new.o_proj`
-    setattr(model.config, KEY, {**(getattr(model.config, KEY, None) or {}), str(site.layer): new.spec})
+    note(model, site.layer, new.spec)
+
+
+def note(model: PreTrainedModel, layer: int, spec: dict[str, Any]) -> None:
+    """What a layer has become, in the configuration."""
+    setattr(model.config, KEY, {**(getattr(model.config, KEY, None) or {}), str(layer): spec})
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -96,11 +101,12 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _kinds() -> dict[str, type[ConvertedAttention]]:
+def _kinds() -> dict[str, Any]:
     from heedful.convert.attention import HeadsAttention
+    from heedful.convert.experts import ExpertLayer
     from heedful.convert.gda import GrownAttention
     from heedful.convert.mla import LatentAttention
     from heedful.convert.moh import MixtureOfHeadsAttention
 
-    made = (GrownAttention, HeadsAttention, LatentAttention, MixtureOfHeadsAttention)
+    made = (ExpertLayer, GrownAttention, HeadsAttention, LatentAttention, MixtureOfHeadsAttention)
     return {kind.kind: kind for kind in made}
