@@ -18,6 +18,7 @@ _MODULES = {
     "models": "heedful.cli.models",
     "export": "heedful.cli.models",
     "convert": "heedful.cli.convert",
+    "inspect": "heedful.cli.inspect",
 }
 
 

@@ -1,5 +1,10 @@
 """Looking into patterns and models: what heads do, what can be reached, which spans would do."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from heedful.inspect.associative_capacity import (
     AssociativeCapacity,
     associative_capacity,
@@ -55,15 +60,33 @@ from heedful.inspect.sinks import (
 from heedful.inspect.site import Site, Visibility
 from heedful.inspect.span_search import SpanPlan, search_spans, span_candidates
 
+# What the report is made of is loaded when asked for.
+_LAZY = {
+    "Findings": "findings",
+    "HeadProfile": "head_profile",
+    "Sample": "sample",
+    "Subject": "sample",
+    "image_sample": "subjects",
+    "inspect_model": "findings",
+    "load_subject": "subjects",
+    "report": "html_report",
+    "text_samples": "subjects",
+    "write_html": "html_report",
+}
+
 __all__ = [
     "AssociativeCapacity",
     "AttentionRollout",
+    "Findings",
     "HeadImportance",
+    "HeadProfile",
     "ReceptiveField",
     "ResidualPaths",
     "RhythmProfile",
+    "Sample",
     "Site",
     "SpanPlan",
+    "Subject",
     "Visibility",
     "ablate_paths",
     "accuracy_drop",
@@ -84,7 +107,10 @@ __all__ = [
     "future_sums",
     "grid_distances",
     "head_importance_by_pruning",
+    "image_sample",
+    "inspect_model",
     "jensen_shannon",
+    "load_subject",
     "massive_activations",
     "mean_cosine",
     "path_components",
@@ -95,6 +121,7 @@ __all__ = [
     "received_attention",
     "receptive_field",
     "relative_log_amplitude",
+    "report",
     "reweighted",
     "rhythm_credit",
     "search_spans",
@@ -103,7 +130,15 @@ __all__ = [
     "sink_score",
     "span_candidates",
     "split_local_global_heads",
+    "text_samples",
     "token_distances",
     "waad",
     "with_residual",
+    "write_html",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"heedful.inspect.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

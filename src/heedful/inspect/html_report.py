@@ -1,0 +1,276 @@
+"""The findings as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+from markupsafe import Markup, escape
+from torch import nn
+
+from heedful import __version__
+from heedful.inspect import charts
+from heedful.inspect.findings import Findings, inspect_model
+from heedful.inspect.head_profile import habits, lag_names
+from heedful.inspect.plain_words import loss, plain_words
+from heedful.inspect.sample import Sample, Subject, of_ids
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: key is its anchor, lead a sentence that says how to read it."""
+
+    key: str
+    title: str
+    lead: str
+    body: Markup
+
+
+def report(
+    model: nn.Module, inputs: Mapping[str, Any] | Sequence[Sample], path: str | Path, *, tokenizer: Any = None
+) -> Findings:
+    """Inspect a model and write a self-contained HTML page about it; gives the findings back.
+
+    inputs     what a tokenizer gives for one text (input_ids (1, n), ...), or samples: texts by
+               `text_samples`, images by `image_sample`
+    tokenizer  to write tokens as one reads them
+
+    Raises ValueError for a model without self-attention over all tokens, or for more than one text at once.
+    """
+    if isinstance(inputs, Mapping):
+        ids = inputs.get("input_ids")
+        if ids is None or ids.shape[0] != 1:
+            raise ValueError("inputs must have input_ids of one text, (1, n), or be a list of samples")
+        samples = [of_ids(ids, inputs, tokenizer)]
+    else:
+        samples = list(inputs)
+    name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    found = inspect_model(Subject(model, name, samples))
+    write_html(found, path)
+    return found
+
+
+def write_html(found: Findings, path: str | Path) -> None:
+    """One file with all figures, data and scripts inside it."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(files("heedful.inspect").joinpath("report.html").read_text("utf-8"))
+    made = [section for make in SECTIONS if (section := make(found)) is not None]
+    Path(path).write_text(
+        page.render(
+            name=found.subject.name,
+            about=_about(found),
+            sections=made,
+            data=Markup(json.dumps(_data(found), separators=(",", ":")).replace("<", "\\u003c")),
+            version=__version__,
+        ),
+        encoding="utf-8",
+    )
+
+
+def _about(found: Findings) -> str:
+    parameters = sum(p.numel() for p in found.subject.model.parameters())
+    what = "images" if found.image else "texts"
+    return (
+        f"{type(found.subject.model).__name__} · {parameters:,} parameters · {len(found.layers)} layers, "
+        f"{len(found.heads)} heads · {len(found.subject.samples)} {what}"
+    )
+
+
+def _words(found: Findings) -> Section:
+    rows = "".join(f"<dt>{escape(head)}</dt><dd>{escape(text)}</dd>" for head, text in plain_words(found))
+    return Section("words", "In plain words", "", Markup(f"<dl class='words'>{rows}</dl>"))
+
+
+def _head_map(found: Findings) -> Section:
+    count = Counter(h.habit for h in found.heads)
+    legend = "".join(
+        f'<button class="habit" data-habit="{habit.key}" title="{escape(habit.words)}"><i style="background:'
+        f'{habit.colour}"></i>{escape(habit.label)} <b>{count[habit]}</b></button>'
+        for habit in habits(found.image)
+        if count[habit]
+    )
+    body = files("heedful.inspect").joinpath("head_map.html").read_text("utf-8")
+    lead = (
+        "Each tile is a head: its picture is who looks at whom in the example (rows look at columns), its "
+        "colour what the head does, the bar below how much it matters. Click one to look inside."
+    )
+    return Section("heads", "Head map", lead, Markup(body.replace("<!-- legend -->", legend)))
+
+
+def _importance(found: Findings) -> Section:
+    order = sorted(range(len(found.heads)), key=lambda i: -found.heads[i].importance)[:12]
+    unit = (
+        "Jensen-Shannon divergence of the predictions with and without the head, in nats"
+        if found.logits
+        else "1 − cosine of the output with and without the head"
+    )
+    top = charts.bars([found.heads[i] for i in order], order, "the twelve most important heads")
+    every = charts.dots(found, lambda h: h.importance, "the importance of each head")
+    half = loss(found, found.least_half)
+    told = Markup("<p class='note'>With the less important half of all heads silenced at once: {}.</p>")
+    lead = f"The twelve heads that matter most, and all heads by layer: {unit}."
+    body = Markup("<div class='pair'>{}{}</div>").format(top, every) + told.format(half)
+    return Section("importance", "What matters", lead, body)
+
+
+def _sinks(found: Findings) -> Section:
+    parts = []
+    for view in found.views[:3]:
+        labels = view.sample.labels
+        rows = [f"layer {layer + 1}" for layer in found.layers]
+        if found.image:
+            prefix = view.sample.prefix
+            order = [
+                *range(prefix),
+                *(prefix + view.received[:, prefix:].max(0).argsort()[::-1][: 16 - prefix]),
+            ]
+            received, labels = view.received[:, order], [labels[i] for i in order]
+        else:
+            received, labels = view.received[:, :60], labels[:60]
+        parts.append(Markup("<h3>{}</h3><div class='wide'>").format(view.sample.title))
+        parts.append(charts.heat(received, rows, labels, "attention received by token", slanted=True))
+        parts.append(Markup("</div>"))
+    if found.peaks:
+        rows_html = "".join(
+            f"<tr><td>layer {p.layer + 1}</td><td>{escape(p.token)}</td><td>{p.channel}</td>"
+            f"<td>{p.value:.1f}</td><td>{p.value / max(p.median, 1e-12):,.0f} ×</td></tr>"
+            for p in found.peaks
+        )
+        parts.append(
+            Markup(
+                "<h3>Largest activation before each layer</h3><div class='wide'><table><tr><th></th>"
+                "<th>token</th>"
+                f"<th>channel</th><th>value</th><th>of the median</th></tr>{rows_html}</table></div>"
+            )
+        )
+    lead = (
+        "How much attention a token gets from each token that may see it, the mean over the heads of a layer."
+    )
+    return Section("sinks", "Sinks", lead, Markup("").join(parts))
+
+
+def _distance(found: Findings) -> Section:
+    bins = found.lags.shape[1]
+    if found.image:
+        columns = [f"{k}" for k in range(bins - 1)] + ["class etc."]
+        lead = "Where attention goes by distance, in hops on the grid of patches; each dot below is a head."
+    else:
+        longest = max(len(s) for s in found.subject.samples)
+        columns = lag_names(longest)
+        lead = (
+            "Where attention goes by distance in tokens: left of 0 ahead, right of it back, in % of a "
+            "layer's attention. Each dot below is a head: the mean distance it looks."
+        )
+    rows = [f"layer {layer + 1}" for layer in found.layers]
+    body = (
+        Markup("<div class='wide'>")
+        + charts.heat(found.lags, rows, columns, "attention by distance")
+        + Markup("</div>")
+        + charts.dots(found, lambda h: h.features["distance"], "mean distance of each head")
+    )
+    return Section("distance", "How far it looks", lead, body)
+
+
+def _entropy(found: Findings) -> Section:
+    lead = "From 0, all attention on one token, to 1, the same on all tokens. Each dot is a head."
+    return Section(
+        "entropy",
+        "How sharp it is",
+        lead,
+        charts.dots(found, lambda h: h.features["entropy"], "entropy", top=1.0),
+    )
+
+
+def _rollout(found: Findings) -> Section | None:
+    shown = [v for v in found.views if v.rollout is not None]
+    if not shown:
+        return None
+    parts = []
+    for view in shown:
+        assert view.rollout is not None
+        share = view.rollout / view.rollout.max()
+        if view.sample.grid is not None:
+            height, width = view.sample.grid
+            patches = view.rollout[view.sample.prefix :].reshape(height, width)
+            patches = patches / patches.max()
+            cells = "".join(
+                f'<rect x="{x}" y="{y}" width="1" height="1" fill="#000" '
+                f'fill-opacity="{0.8 * (1 - patches[y, x]):.2f}"/>'
+                for y in range(height)
+                for x in range(width)
+            )
+            parts.append(
+                f'<figure class="rolled"><img src="{view.sample.picture}" alt=""><svg viewBox="0 0 {width} '
+                f'{height}" preserveAspectRatio="none">{cells}</svg></figure>'
+            )
+            continue
+        words = " ".join(
+            f'<span style="background:rgba(217,95,2,{0.85 * s:.2f})" title="{100 * r:.1f} %">'
+            f"{escape(label)}</span>"
+            for label, s, r in zip(view.sample.labels, share, view.rollout, strict=True)
+        )
+        parts.append(f'<p class="rolled">{words}</p>')
+    lead = (
+        "Attention and residual streams of all layers multiplied: how much of the output is made from each "
+        "place of the input (rollout). Attention alone; what the values carry is not in it."
+    )
+    return Section("rollout", "What reaches the output", lead, Markup("".join(parts)))
+
+
+# The page in order. A section gives None where it has nothing to show.
+SECTIONS: list[Callable[[Findings], Section | None]] = [
+    _words,
+    _head_map,
+    _importance,
+    _sinks,
+    _distance,
+    _entropy,
+    _rollout,
+]
+
+
+def _data(found: Findings) -> dict[str, Any]:
+    """What the page's script needs."""
+    most = max((h.importance for h in found.heads), default=0.0) or 1.0
+    return {
+        "image": found.image,
+        "layers": found.layers,
+        "heads": [
+            {
+                "layer": h.layer,
+                "head": h.head,
+                "habit": h.habit.key,
+                "label": h.habit.label,
+                "words": h.habit.words,
+                "colour": h.habit.colour,
+                "bar": round(max(0.0, h.importance) / most, 4),
+                "importance": f"{h.importance:.3g}",
+                "loss": loss(found, h.importance),
+                "features": {key: round(x, 4) for key, x in h.features.items()},
+            }
+            for h in found.heads
+        ],
+        "samples": [
+            {
+                "title": v.sample.title,
+                "labels": v.sample.labels[: v.tables.shape[2]],
+                "special": v.sample.special[: v.tables.shape[2]].int().tolist(),
+                "rows": v.tables.shape[1],
+                "columns": v.tables.shape[2],
+                "grid": v.sample.grid,
+                "prefix": v.sample.prefix,
+                "picture": v.sample.picture,
+                "cut": len(v.sample) - v.tables.shape[2],
+                "tables": base64.b64encode(np.ascontiguousarray(v.tables).tobytes()).decode(),
+            }
+            for v in found.views
+        ],
+    }
