@@ -91,6 +91,17 @@ def tap(model: PreTrainedModel, *handlers: Handler) -> Iterator[None]:
             _close(root, tapped)
 
 
+@contextmanager
+def alone(model: PreTrainedModel, *handlers: Handler) -> Iterator[None]:
+    """Inside this context only `handlers` act on a model under tap: for forwards beside the main one."""
+    tapped = _tapped[_root[model]]
+    before, tapped.handlers = tapped.handlers, list(handlers)
+    try:
+        yield
+    finally:
+        tapped.handlers = before
+
+
 def _open(root: PreTrainedModel) -> _Tapped:
     configs = {id(m.config): m.config for m in root.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]

@@ -19,6 +19,7 @@ mend_torchvision()
 _LAZY = {
     "AgentSD": "heedful.steer.agentsd",
     "AttentionCalibration": "heedful.steer.act_attention_calibration",
+    "GazeShiftGuidance": "heedful.steer.gift",
     "ImageTokenBoost": "heedful.steer.paint",
     "InformedTokenBoost": "heedful.steer.paint",
     "Intervention": "heedful.steer.intervention",
