@@ -102,6 +102,11 @@ def alone(model: PreTrainedModel, *handlers: Handler) -> Iterator[None]:
         tapped.handlers = before
 
 
+def acts(model: PreTrainedModel, handler: Handler) -> bool:
+    """Whether a handler acts on a model now: not if others are `alone` with it."""
+    return any(h is handler for h in _tapped[_root[model]].handlers)
+
+
 def _open(root: PreTrainedModel) -> _Tapped:
     configs = {id(m.config): m.config for m in root.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]

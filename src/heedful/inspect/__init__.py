@@ -59,6 +59,7 @@ from heedful.inspect.sinks import (
 )
 from heedful.inspect.site import Site, Visibility
 from heedful.inspect.span_search import SpanPlan, search_spans, span_candidates
+from heedful.inspect.vision_head_divergence import token_vhd, vision_head_divergence
 
 # What the report is made of is loaded when asked for.
 _LAZY = {
@@ -132,6 +133,8 @@ __all__ = [
     "split_local_global_heads",
     "text_samples",
     "token_distances",
+    "token_vhd",
+    "vision_head_divergence",
     "waad",
     "with_residual",
     "write_html",

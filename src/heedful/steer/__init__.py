@@ -23,6 +23,7 @@ _LAZY = {
     "ImageTokenBoost": "heedful.steer.paint",
     "InformedTokenBoost": "heedful.steer.paint",
     "Intervention": "heedful.steer.intervention",
+    "VisionHeadReinforcement": "heedful.steer.vhr",
     "VisualAttentionReallocation": "heedful.steer.dara",
     "VisualAttentionRedistribution": "heedful.steer.var_visattnsink",
 }

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from heedful.hf.tap import Site
+from heedful.hf.tap import Site, acts
 from heedful.inspect.sinks import find_sink_tokens
 from heedful.registry import register
 from heedful.steer.intervention import Intervention, decoder_layers
@@ -108,7 +108,7 @@ class VisualAttentionRedistribution(Intervention):
     def _look(self, layer: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """At the prompt: which tokens are sinks of this layer."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        if layer in self._sinks:
+        if layer in self._sinks or not acts(self.model, self):
             return
         self._sinks[layer] = find_sink_tokens(hidden, dims=self.dims, threshold=self.threshold)
 

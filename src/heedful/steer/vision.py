@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -82,3 +82,26 @@ def check_class_token(weights: Tensor, model: PreTrainedModel) -> None:
             f"the vision tower of {type(model).__name__} has {tokens} tokens, all of them patches; "
             "it must have a class token"
         )
+
+
+def without(
+    image: Bool[Tensor, "b m"], ids: Int[Tensor, "b m"], mask: Tensor | None
+) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b k"]]:
+    """Token ids without those of the image, padded on the left, and their attention mask.
+
+    Raises ValueError if the prompt's mask is no table of 0 and 1 for its tokens.
+    """
+    keep = ~image
+    if mask is not None:
+        keep = keep & check_padding(mask, ids).bool()
+    length = max(int(keep.sum(1).max()), 1)
+    order = keep.int().argsort(dim=1, stable=True)[:, -length:]
+    return ids.gather(1, order), keep.gather(1, order).long()
+
+
+def check_padding(mask: Tensor, ids: Int[Tensor, "b m"]) -> Tensor:
+    """The mask itself, if it has an entry for each token."""
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        told = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask is {told}, must have the shape {tuple(ids.shape)} of the prompt")
+    return mask
