@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from heedful.cli import bench_models, bench_theory, fail
+from heedful.cli import bench_models, bench_restore, bench_theory, fail
 
 
 def register(app: typer.Typer) -> None:
@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
     )
     bench_models.register(bench)
     bench_theory.register(bench)
+    bench_restore.register(bench)
     app.add_typer(bench, name="bench")
 
 
