@@ -23,8 +23,11 @@ _LAZY = {
     "SnapKVCache": "heedful.cache.snapkv",
     "SnapKVStreamingCache": "heedful.cache.snapkv_streaming",
     "StreamingCache": "heedful.cache.streaming",
+    "StreamingVLMCache": "heedful.cache.streaming_vlm",
+    "cut_stream": "heedful.cache.streaming_vlm",
     "layer_overlap": "heedful.cache.reuse_plan",
     "layer_sensitivity": "heedful.cache.reuse_plan",
+    "mrope_positions": "heedful.cache.mrope",
     "plan_layer_reuse": "heedful.cache.reuse_plan",
 }
 
@@ -50,7 +53,8 @@ def create(name: str, model: Any, *, budget: int, **arguments: Any) -> Any:
 
 
 def _policies() -> dict[str, Entry]:
-    found = {e.name: e for e in index().values() if e.kind == "cache"}
+    # streaming-vlm is cut by its user, between rounds
+    found = {e.name: e for e in index().values() if e.kind == "cache" and e.name != "streaming-vlm"}
     return {e.paper: e for e in found.values() if e.paper is not None} | found
 
 
