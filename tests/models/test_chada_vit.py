@@ -147,6 +147,14 @@ def test_authors_names():
     assert torch.equal(other(x, (2, 1)), model(x, (2, 1)))
 
 
+@pytest.mark.compiled
+def test_compiles_as_a_whole():
+    model, x = build(), channels(7)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, (4, 2, 1)), model(x, (4, 2, 1)))
+
+
 @pytest.mark.door
 def test_errors():
     model = build()

@@ -164,17 +164,21 @@ class ChAdaViT(nn.Module):
     ) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
         """The tokens that enter the first layer, class token first, and which of them are no padding."""
         # 1. Patches of every channel.
-        counted = self._counted(x, counts)
+        told = self._counted(x, counts)
         size = self.patches.size(x)
         tokens = self.patches(x[:, 0])
         # 2. Images with fewer channels than the largest get zeros, which nobody sees.
-        seen = torch.arange(int(counted.max()), device=x.device) < counted[:, None]
-        padded = tokens.new_zeros(*seen.shape, *tokens.shape[1:]).index_put((seen,), tokens)
+        most = max(told)
+        places = [row * most + slot for row, count in enumerate(told) for slot in range(count)]
+        padded = tokens.new_zeros(len(told) * most, *tokens.shape[1:])
+        padded = padded.index_copy(0, torch.tensor(places, device=x.device), tokens)
+        padded = padded.unflatten(0, (len(told), most))
+        seen = torch.arange(most, device=x.device) < torch.tensor(told, device=x.device)[:, None]
         # 3. Whose they are, and where.
         first, grid = self.positions.split((1, self.side**2))
         if size != (self.side, self.side):
             grid = stretch_table(grid, self.side, size)
-        padded = padded + grid + self.channels[: seen.shape[1], None]
+        padded = padded + grid + self.channels[:most, None]
         # 4. The class token.
         class_token = (self.class_token + first).expand(len(seen), -1, -1)
         mask = F.pad(seen.repeat_interleave(len(grid), 1), (1, 0), value=True)
@@ -212,16 +216,15 @@ class ChAdaViT(nn.Module):
     ) -> Float[Tensor, "b k"]:
         return self.head(self.tokens(x, counts)[0][:, 0])
 
-    def _counted(self, x: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
+    def _counted(self, x: Tensor, counts: Sequence[int] | Tensor) -> list[int]:
         if x.ndim != 4 or x.shape[1] != 1:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be (channels, 1, height, width)")
-        counted = torch.as_tensor(counts, device=x.device)
-        told = counted.tolist()
+        told = counts.tolist() if isinstance(counts, Tensor) else list(counts)
         if not told or sum(told) != len(x) or not 1 <= min(told) <= max(told) <= self.max_channels:
             raise ValueError(
                 f"counts is {told}, must be numbers from 1 to {self.max_channels} with sum {len(x)}, as in x"
             )
-        return counted
+        return told
 
     def example_inputs(
         self, *, size: tuple[int, int] = (16, 16), dtype: torch.dtype = torch.float32
