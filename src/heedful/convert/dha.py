@@ -52,7 +52,7 @@ def search_groups(
 
     budget   share of key and value heads to keep, over all layers; each layer keeps one of each at least
     batches  what the model takes: distances are then those of what the heads give for the inputs that the
-             layers see, else of their weights
+             layers see (padding included), else of their weights
 
     Raises ValueError for another model or budget. Source: DHA, arXiv 2406.06567; the procedure is ours.
     """
