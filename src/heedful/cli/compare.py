@@ -17,12 +17,17 @@ def register(app: typer.Typer) -> None:
 
 def compare(
     task: Annotated[
-        str, typer.Option(help="recall (with numbers: recall:length=512,pairs=8), text, images, or all.")
+        str,
+        typer.Option(
+            help="recall (with numbers: recall:length=512,pairs=8), text, images, or all of these; "
+            "or cache: cache policies on a small pretrained model."
+        ),
     ] = "all",
     mixers: Annotated[
         str | None,
         typer.Option(
-            help="Names, with arguments where wanted: dense,faster-neighborhood-attention:window=7,eca"
+            help="Names, with arguments where wanted: dense,faster-neighborhood-attention:window=7,eca; "
+            "for the task cache names of policies: snapkv,streaming-llm"
         ),
     ] = None,
     data: Annotated[
@@ -57,12 +62,14 @@ def compare(
     from heedful.bench.progress import Live
 
     console = Console(width=None if sys.stdout.isatty() else 120)
+    if task == "cache":
+        others = {"preset": preset != "quick", "seeds": seeds, "depth": depth, "budget": budget}
+        _caches(
+            console, mixers, data, steps, device, json, report, [name for name, on in others.items() if on]
+        )
+        return
     try:
-        for file in (json, report):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise ValueError(
-                    f"{file.absolute().parent} is not a folder; {file.name} cannot be written there"
-                )
+        _check_folders(json, report)
         plan = bench.plan(
             task=task,
             mixers=mixers,
@@ -103,3 +110,48 @@ def _show(console: Console, found) -> None:  # type: ignore[no-untyped-def]
         console.print(found.advice[task.name], style="bold", markup=False, highlight=False)
         if line := code(found, task):
             console.print(f"    {line}", markup=False, highlight=False)
+
+
+def _caches(
+    console: Console,
+    policies: str | None,
+    data: Path | None,
+    steps: int | None,
+    device: str | None,
+    json: Path | None,
+    report: Path | None,
+    unfit: list[str],
+) -> None:
+    from heedful.bench import cache as bench
+    from heedful.bench.progress import Live
+
+    try:
+        if unfit:
+            raise ValueError(
+                f"the task cache has no {unfit[0]}; it takes mixers, data, steps, device, json, report"
+            )
+        _check_folders(json, report)
+        plan = bench.plan(policies=policies, data=data, steps=steps, device=device)
+    except ValueError as error:
+        typer.echo(f"heedful compare: {error}", err=True)
+        raise typer.Exit(2) from None
+    from heedful.bench import cache_report
+
+    found = bench.compare(plan, Live(console))
+    if found.results:
+        console.print(cache_report.table(found))
+        console.print(cache_report.advice(found), style="bold", markup=False, highlight=False)
+    if json is not None:
+        found.write_json(json)
+        console.print(f"figures: {json}", markup=False, highlight=False)
+    if report is not None and found.results:
+        cache_report.write_html(found, report)
+        console.print(f"report: {report}", markup=False, highlight=False)
+    if found.interrupted:
+        raise typer.Exit(130)
+
+
+def _check_folders(*files: Path | None) -> None:
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"{file.absolute().parent} is not a folder; {file.name} cannot be written there")
