@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from heedful.ops.window_views import window_views
 
 
 def _axis(size: int, pooled: int, trained: int) -> tuple[tuple[float, ...], tuple[tuple[int, ...], ...]]:
@@ -53,18 +54,10 @@ def log_spaced_offsets(
     return table, index.flatten(2).flatten(0, 1)
 
 
-def neighbours(x: Float[Tensor, "b h n d"], size: tuple[int, int], window: int) -> Float[Tensor, "b h n w d"]:
-    """The window around each place of a map, row by row; zeros outside of the map. `window` is odd."""
-    b, h, n, d = x.shape
-    padded = F.pad(x.transpose(2, 3).unflatten(3, size), [window // 2] * 4)
-    patches = padded.unfold(3, window, 1).unfold(4, window, 1)  # b h d height width window window
-    return patches.permute(0, 1, 3, 4, 5, 6, 2).reshape(b, h, n, window * window, d)
-
-
 def inside(size: tuple[int, int], window: int, device: torch.device | str | None) -> Bool[Tensor, "n w"]:
-    """Which neighbours stand inside of the map."""
-    ones = torch.ones(1, 1, size[0] * size[1], 1, device=device)
-    return neighbours(ones, size, window)[0, 0, :, :, 0] > 0
+    """Which neighbours, in a window of odd side, stand inside of the map; row by row."""
+    views = window_views(torch.ones(size, device=device), (window, window))
+    return torch.stack([view.flatten() > 0 for view in views], dim=1)
 
 
 def foveal_attention(
@@ -88,10 +81,16 @@ def foveal_attention(
     Queries are already scaled. Neighbours outside of the map take no part. n x (w + p) logits are held.
     Source: TransNeXt, arXiv 2311.17132.
     """
-    near_keys, near_values = neighbours(key, size, window), neighbours(value, size, window)
-    local = torch.einsum("bhnd,bhnwd->bhnw", query, near_keys) + local_bias[:, None]
-    local = local.masked_fill(~inside(size, window, query.device), -torch.inf)
+    kernel, places = (window, window), query.unflatten(2, size)
+    near_keys = window_views(key.unflatten(2, size), kernel, channels_last=True)
+    local = torch.stack([(places * there).sum(-1) for there in near_keys], dim=-1).flatten(2, 3)
+    local = (local + local_bias[:, None]).masked_fill(~inside(size, window, query.device), -torch.inf)
     pooled = query @ pooled_key.mT + pooled_bias
     weight = torch.cat([local, pooled], dim=-1).softmax(-1).to(value.dtype)
     near, far = weight.split([local.shape[-1], pooled.shape[-1]], dim=-1)
-    return torch.einsum("bhnw,bhnwd->bhnd", near + extra.to(near.dtype), near_values) + far @ pooled_value
+    near = (near + extra.to(near.dtype)).unflatten(2, size)
+    out = (far @ pooled_value).unflatten(2, size)
+    near_values = window_views(value.unflatten(2, size), kernel, channels_last=True)
+    for share, there in zip(near.unbind(-1), near_values, strict=True):
+        out = torch.addcmul(out, share[..., None], there)
+    return out.flatten(2, 3)

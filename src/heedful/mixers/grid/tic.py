@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from heedful.checks import check_divides, check_map, check_positive
 from heedful.mixers.mixer import Mixer
+from heedful.ops.window_views import window_views
 from heedful.registry import register
 
 
@@ -94,23 +95,16 @@ class MSAConv2d(Mixer):
         """z, and the weights of the window of every pixel."""
         query, key, value = (y.unflatten(1, (self.heads, -1)) for y in self.qkv(x).chunk(3, dim=1))
         # 1. Products with the window, place by place: none of its maps is copied.
-        dots = torch.stack([(query * there).sum(2) for there in self._shifted(key)], dim=2)
+        dots = torch.stack([(query * there).sum(2) for there in self._views(key)], dim=2)
         # 2. Softmax over the window.
         weights = (dots.float() if dots.dtype.itemsize < 4 else dots).mul(self.scale).softmax(2)
         weights = weights.to(value.dtype)
         # 3. The mean of the values.
         kept = self.dropout(weights)
         z = torch.zeros_like(value)
-        for share, there in zip(kept.unbind(2), self._shifted(value), strict=True):
+        for share, there in zip(kept.unbind(2), self._views(value), strict=True):
             z = torch.addcmul(z, share[:, :, None], there)
         return z.flatten(1, 2), weights
 
-    def _shifted(self, maps: Float[Tensor, "b h d height width"]) -> Iterator[Tensor]:
-        """The maps as each place of the window sees them, zeros outside."""
-        (high, wide), step = self.kernel, self.dilation
-        down, right = step * (high // 2), step * (wide // 2)
-        padded = F.pad(maps, (right, right, down, down))
-        height, width = maps.shape[3:]
-        for i in range(high):
-            for j in range(wide):
-                yield padded[..., i * step : i * step + height, j * step : j * step + width]
+    def _views(self, maps: Float[Tensor, "b h d height width"]) -> Iterator[Tensor]:
+        return window_views(maps, self.kernel, dilation=self.dilation)
