@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from heedful.mixers.grid import shvit
 from heedful.mixers.grid.shvit import SingleHeadPartialAttention
 
 
@@ -89,6 +90,16 @@ def test_places_can_be_permuted():
     x = torch.randn(1, 16, 1, 9, dtype=torch.float64)
     order = torch.randperm(9)
     torch.testing.assert_close(m(x[..., order]), m(x)[..., order])
+
+
+def test_both_ways_to_attend_agree():
+    torch.manual_seed(0)
+    m = SingleHeadPartialAttention(16, dtype=torch.float64).eval()
+    x = torch.randn(2, 16, 3, 11, dtype=torch.float64)
+    y = m(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shvit, "SMALL", 32)
+        torch.testing.assert_close(m(x), y)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from heedful.mixers.mixer import Mixer
 from heedful.ops.attention import attention
 from heedful.registry import register
 
+SMALL = 1024  # tokens; up to here plain products are faster than the fused operator, which pads q and k
+
 
 @register(
     "shvit",
@@ -68,11 +70,19 @@ class SingleHeadPartialAttention(Mixer):
         # Cut with the channels in front, so that the gradient comes back contiguous: with a transposed one,
         # the backward of BatchNorm in eval is wrong on a CPU for a single image.
         qkv = self.qkv(self.pre_norm(part)).flatten(2)  # 2, 3
-        parts = qkv.split([self.qk_dim, self.qk_dim, self.partial_dim], dim=1)
-        q, k, v = (t.mT[:, None] for t in parts)  # one head
-        y = attention(q, k, v)  # 4
-        mixed = y[:, 0].mT.unflatten(2, x.shape[2:])  # type: ignore[union-attr, index]
+        q, k, v = qkv.split([self.qk_dim, self.qk_dim, self.partial_dim], dim=1)
+        mixed = _attend(q, k, v).unflatten(2, x.shape[2:])  # 4
         return self.proj(torch.cat([mixed, rest], dim=1))  # 5
+
+
+def _attend(
+    q: Float[Tensor, "b d n"], k: Float[Tensor, "b d n"], v: Float[Tensor, "b e n"]
+) -> Float[Tensor, "b e n"]:
+    """softmax(d^-1/2 q^T k), one head."""
+    if q.shape[2] > SMALL:
+        return attention(*(t.mT[:, None] for t in (q, k, v)))[:, 0].mT  # type: ignore[return-value, index]
+    logits = (q * q.shape[1] ** -0.5).mT @ k
+    return v @ logits.softmax(-1).mT.to(v.dtype)
 
 
 def _conv_norm(
