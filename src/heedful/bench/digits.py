@@ -26,6 +26,7 @@ SIDE = 32
 BATCH = 64
 LEARNING_RATE = 3e-3
 EPOCHS = 20
+EPOCHS_PLAIN = 60  # of transformers without convolutions, which have to learn what neighbours are
 GOAL = 0.97
 
 # A family that is not named here is trained as its `example`.
@@ -72,6 +73,7 @@ class Learned:
 
     family: str
     parameters: int
+    epochs: int
     accuracy: float
     seconds: float
 
@@ -118,6 +120,11 @@ def task() -> Images:
     return replace(small, pixels=drawn, batch_size=BATCH)
 
 
+def usual_epochs(family: str) -> int:
+    """How many epochs the family is trained where nothing else is asked."""
+    return EPOCHS_PLAIN if "patch" in TINY.get(family, {}) else EPOCHS
+
+
 def steps(images: Images, epochs: int) -> int:
     """How many batches the epochs take."""
     return max(1, round(epochs * len(images.split[0]) / images.batch_size))
@@ -137,13 +144,17 @@ def learn(family: str, images: Images, *, epochs: int, seed: int, on_step: OnSte
         device=torch.device("cpu"),
         on_step=on_step,
     )
-    return Learned(family, parameters(model), trained.quality, time.process_time() - start)
+    return Learned(family, parameters(model), epochs, trained.quality, time.process_time() - start)
 
 
 def results(
-    names: Sequence[str], *, epochs: int = EPOCHS, seed: int = 0, on_step: OnStep = lambda step, loss: None
+    names: Sequence[str],
+    *,
+    epochs: int | None = None,
+    seed: int = 0,
+    on_step: OnStep = lambda step, loss: None,
 ) -> Iterator[Learned]:
     """Each family's figures, as soon as they are there."""
     images = task()
     for name in names:
-        yield learn(name, images, epochs=epochs, seed=seed, on_step=on_step)
+        yield learn(name, images, epochs=epochs or usual_epochs(name), seed=seed, on_step=on_step)

@@ -30,7 +30,10 @@ def _digits(
     families: Annotated[
         str | None, typer.Option(help="Comma-separated, e.g. biformer,maxvit; default: all.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes over the training images; default 20, plain transformers 60."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the start and of the batches.")] = 0,
     threads: Threads = 1,
     json_file: Json = None,
@@ -40,19 +43,19 @@ def _digits(
     from heedful.bench import digits
 
     torch.set_num_threads(threads)
-    epochs = epochs or digits.EPOCHS
     console = Console()
     found: list[digits.Learned] = []
     try:
         names = digits.families(families)
-        total = digits.steps(digits.task(), epochs)
+        images = digits.task()
+        totals = [digits.steps(images, epochs or digits.usual_epochs(name)) for name in names]
         with _progress(console) as bars:
-            task = bars.add_task("training", total=total * len(names), note="")
+            task = bars.add_task("training", total=sum(totals), note="")
 
             def told(step: int, loss: float) -> None:
-                family = names[min(len(found), len(names) - 1)]
-                note = f"{family}, step {step}/{total}, loss {loss:.3f}"
-                bars.update(task, completed=len(found) * total + step, note=note)
+                done = len(found)
+                note = f"{names[done]}, step {step}/{totals[done]}, loss {loss:.3f}"
+                bars.update(task, completed=sum(totals[:done]) + step, note=note)
 
             for learned in digits.results(names, epochs=epochs, seed=seed, on_step=told):
                 found.append(learned)
@@ -60,13 +63,12 @@ def _digits(
         fail(wrong)
     except KeyboardInterrupt:
         console.print("stopped; what is finished follows")
-    table = _table(
-        f"{epochs} epochs of 32 x 32 digits, accuracy on a held-out third", "parameters", "accuracy", "CPU s"
-    )
+    title = "digits of 32 x 32, accuracy on a held-out third"
+    table = _table(title, "parameters", "epochs", "accuracy", "CPU s")
     for one in found:
         mark = "" if one.accuracy >= digits.GOAL else " *"
         accuracy = f"{100 * one.accuracy:.1f} %{mark}"
-        table.add_row(one.family, f"{one.parameters:,}", accuracy, f"{one.seconds:.0f}")
+        table.add_row(one.family, f"{one.parameters:,}", str(one.epochs), accuracy, f"{one.seconds:.0f}")
     console.print(table)
     if any(one.accuracy < digits.GOAL for one in found):
         console.print(f"* below {100 * digits.GOAL:.0f} %")
