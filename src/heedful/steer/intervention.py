@@ -110,7 +110,10 @@ class Reading:
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             given = kwargs.get("input_ids", args[0] if args else None)
             if given is None:
-                embeds = kwargs["inputs_embeds"]
+                embeds = kwargs.get("inputs_embeds")
+                if embeds is None:  # a model of images: each call is a new one
+                    begin()
+                    return
                 given = torch.full(embeds.shape[:2], -1, device=embeds.device)
             past = kwargs.get("past_key_values")
             if past is None or past.get_seq_length() == 0 or self.ids.shape[0] != given.shape[0]:
