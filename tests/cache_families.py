@@ -90,3 +90,22 @@ def qwen2_vl() -> tuple[hf.PreTrainedModel, dict[str, torch.Tensor]]:
         "image_grid_thw": torch.tensor([[1, 4, 4]]),
     }
     return model, told
+
+
+def llava() -> tuple[hf.PreTrainedModel, dict[str, torch.Tensor]]:
+    """A LLaVA with an image of 4 tokens amid the text, and its inputs."""
+    torch.manual_seed(0)
+    vision = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16}
+    config = hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**GROUPED),
+        vision_config=hf.CLIPVisionConfig(**vision, num_attention_heads=2, num_hidden_layers=2),
+        image_token_index=31,
+    )
+    model = hf.AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.mul_(4)
+    model.set_attn_implementation({"text_config": "heedful"})
+    ids = torch.tensor([[5, 6, 31, 31, 31, 31, 7, 8, 9, 10, 11]])
+    told = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 8, 8)}
+    return model, told

@@ -19,7 +19,7 @@ from heedful.cache import (
     names,
 )
 from heedful.cache.layer import PolicyLayer
-from tests.cache_families import FAMILIES, made, qwen2_vl, tokens
+from tests.cache_families import FAMILIES, llava, made, qwen2_vl, tokens
 
 # Each policy with a small budget, and with one that covers 40 tokens.
 POLICIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
@@ -125,9 +125,13 @@ def test_sliding_layers_stay_as_they_are(policy):
     assert torch.equal(model.generate(ids, past_key_values=cache, **HOW), wanted)
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if "streaming" not in p])
-def test_text_with_an_image(policy):
-    model, told = qwen2_vl()
+# Positions on three axes cannot be moved by a shift on one.
+IMAGES = [(m, p) for m in (llava, qwen2_vl) for p in POLICIES if m is llava or "streaming" not in p]
+
+
+@pytest.mark.parametrize(("model_of", "policy"), IMAGES)
+def test_text_with_an_image(model_of, policy):
+    model, told = model_of()
     wanted = model.generate(**told, **HOW)
     big = model.generate(**told, past_key_values=POLICIES[policy][1](model), **HOW)
     assert torch.equal(big, wanted)
@@ -149,3 +153,11 @@ def test_every_policy_is_created_by_a_budget():
         cache = create(name, model, budget=24)
         model.generate(tokens(1, 30), past_key_values=cache, **HOW)
         assert cache.get_seq_length() == 38
+
+
+@pytest.mark.door
+@pytest.mark.parametrize("policy", ["streaming", "snapkv-streaming"])
+def test_positions_on_three_axes_are_refused(policy):
+    model, _ = qwen2_vl()
+    with pytest.raises(ValueError, match="cached keys cannot be moved"):
+        POLICIES[policy][0](model)

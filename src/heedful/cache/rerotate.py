@@ -31,9 +31,15 @@ class Rotation:
 def rotation_of(model: PreTrainedModel | PreTrainedConfig) -> Rotation:
     """The rotation of a model's keys, read from its rotary embedding by asking for the angles at position 1.
 
-    Raises ValueError for a model whose positions are not rotary, or whose angles do not grow in proportion
-    to one position.
+    Raises ValueError for a model whose positions are not rotary, are those of M-RoPE, or whose angles do not
+    grow in proportion to one position.
     """
+    config = getattr(model, "config", model).get_text_config(decoder=True)
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        raise ValueError(
+            f"model is a {type(model).__name__} whose positions have three axes and do not count tokens; its "
+            "cached keys cannot be moved by a number of tokens: use heedful.cache.StreamingVLMCache"
+        )
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
             model = AutoModel.from_config(model)
