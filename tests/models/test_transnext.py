@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from heedful import models
 from heedful.mixers.grid.transnext import AggregatedAttention, GlobalCosineAttention
 from heedful.models.transnext import TransNeXt
 from heedful.testing.check_backbone import image, make
@@ -50,6 +51,15 @@ def test_rates_of_stochastic_depth_grow():
     model = TransNeXt(**TransNeXt.example, drop_path=0.3)
     rates = [stage[0].drop_path.rate for stage in model.stages]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_published_flops_of_micro_with_the_products_of_neighbours():
+    with torch.device("meta"):
+        model = models.create("transnext_micro")
+        counted = models.multiply_adds(model, torch.zeros(1, 3, 224, 224))
+    stages = zip((2, 2, 15), (48, 96, 192), (56, 28, 14), strict=True)
+    near = sum(depth * 2 * 9 * dim * side**2 for depth, dim, side in stages)  # with keys and with values
+    assert abs(counted + near - 2.7e9) <= 0.02 * 2.7e9
 
 
 @pytest.mark.door
