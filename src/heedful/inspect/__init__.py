@@ -39,6 +39,7 @@ from heedful.inspect.path_ensemble import (
     relative_log_amplitude,
     reweighted,
 )
+from heedful.inspect.pattern_embedding import PatternEmbedding, embed_patterns
 from heedful.inspect.receptive_field import ReceptiveField, receptive_field
 from heedful.inspect.rhythm import (
     RhythmProfile,
@@ -81,6 +82,7 @@ __all__ = [
     "Findings",
     "HeadImportance",
     "HeadProfile",
+    "PatternEmbedding",
     "ReceptiveField",
     "ResidualPaths",
     "RhythmProfile",
@@ -101,6 +103,7 @@ __all__ = [
     "capture",
     "cosine_distance",
     "effective_rank",
+    "embed_patterns",
     "fai",
     "find_sink_dims",
     "find_sink_tokens",

@@ -98,9 +98,12 @@ def _head_map(found: Findings) -> Section:
         if count[habit]
     )
     body = files("heedful.inspect").joinpath("head_map.html").read_text("utf-8")
+    picture = (
+        "where on the image it looks" if found.image else "who looks at whom in the example (rows at columns)"
+    )
     lead = (
-        "Each tile is a head: its picture is who looks at whom in the example (rows look at columns), its "
-        "colour what the head does, the bar below how much it matters. Click one to look inside."
+        f"Each tile is a head: its picture is {picture}, its colour what the head does, the bar below how "
+        "much it matters. Click one to look inside."
     )
     return Section("heads", "Head map", lead, Markup(body.replace("<!-- legend -->", legend)))
 

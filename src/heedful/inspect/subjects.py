@@ -53,7 +53,7 @@ def load_subject(
     transformers.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        loaded = _auto(transformers, config).from_pretrained(folder, attn_implementation="sdpa")
+        loaded = _auto(transformers, config).from_pretrained(folder)
     except (OSError, ValueError, ImportError) as wrong:
         raise ValueError(f"{name} cannot be loaded: {_first_line(wrong)}") from wrong
     loaded = _tower(loaded.eval(), bool(images))
@@ -132,10 +132,14 @@ def text_samples(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[Sampl
     device = next(model.parameters()).device
     samples = []
     for text in texts:
-        made = tokenizer(text, return_tensors="pt", truncation=limit is not None, max_length=limit)
+        title = text if len(text) <= 90 else text[:89] + "…"
+        made = tokenizer(text, return_tensors="pt")
+        if limit is not None and made["input_ids"].shape[1] > limit:
+            made = tokenizer(text, return_tensors="pt", truncation=True, max_length=limit)
+            title = f"{title} (its first {limit} tokens)"
         if made["input_ids"].shape[1] == 0:
             raise ValueError("text is empty, must hold at least one token")
-        samples.append(of_ids(made["input_ids"], made.to(device), tokenizer, title=text))
+        samples.append(of_ids(made["input_ids"], made.to(device), tokenizer, title=title))
     return samples
 
 
