@@ -72,9 +72,9 @@ def test_planted_keys_can_be_looked_up():
     window, weight = cache_model._windows(text, TINY, 64, torch.Generator().manual_seed(0))
     lines = bytes(window[0].tolist()).split(b"key~")[1:]
     assert len(lines) == 2 and lines[0][:3] == lines[1][:3] and len(set(lines[0][:3])) == 3
-    assert b"key~" not in bytes(window[1].tolist())
-    weighted = bytes(window[weight > 1].tolist())
-    assert weighted == lines[1][:3]
+    weighted = bytes(window[0][weight[0] > 1].tolist())
+    assert weighted == lines[1][:3]  # the first line cannot be known
+    assert len(window) == 2 and len(cache_model._windows(text, TINY, 32, torch.Generator())[0]) == 4
 
 
 @pytest.mark.door

@@ -1,7 +1,7 @@
 """The small Llama that cache policies are compared on: trained once, on English with planted keys.
 
 A key is planted as the line "key~483": later lines that begin with "key~" go on with the same digits, so
-that a model learns to look them up. The first steps are on short windows, where that is learned soonest.
+that a model learns to look them up. Windows begin short, where that is learned soonest, and grow.
 The trained model is kept in a folder named by all its settings.
 """
 
@@ -36,17 +36,17 @@ OnStep = Callable[[int, float], None]  # step, loss
 class Settings:
     """All that the trained weights depend on, beside the text."""
 
-    dim: int = 96
+    dim: int = 64
     layers: int = 3
     heads: int = 4
     kv_heads: int = 2
     length: int = 512
     steps: int = 800
     batch_size: int = 8
-    learning_rate: float = 3e-3
-    short: int = 96  # length of the windows of the first half, in the same number of bytes
-    planted: int = 6  # lines with the key in every other window
-    weight: float = 8.0  # of the digits that can be looked up, in the loss
+    learning_rate: float = 4e-3
+    short: int = 96  # length of the first windows; in the last third of the steps they have full length
+    planted: int = 3  # lines with the key in a window
+    weight: float = 16.0  # of the digits that can be looked up, in the loss
     seed: int = 0
 
     def config(self) -> LlamaConfig:
@@ -77,9 +77,7 @@ def lookup(
         return model.eval(), True
     model = trained(text, settings, device, on_step)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=folder.parent
-    ) as made:  # so that the folder is there whole or not at all
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made:  # the folder is there whole or not at all
         model.save_pretrained(Path(made) / "model")
         if not folder.exists():
             shutil.move(Path(made) / "model", folder)
@@ -107,7 +105,8 @@ def trained(text: Text, settings: Settings, device: torch.device, on_step: OnSte
     generator = torch.Generator().manual_seed(settings.seed)
     model.train()
     for step in range(settings.steps):
-        length = settings.short if step < settings.steps // 2 else settings.length
+        grown = min(1.0, step / (2 / 3 * settings.steps))
+        length = int(settings.short * (settings.length / settings.short) ** grown)
         window, weight = (x.to(device) for x in _windows(text, settings, length, generator))
         logits = model(window[:, :-1], use_cache=False).logits
         losses = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="none")
@@ -124,14 +123,14 @@ def trained(text: Text, settings: Settings, device: torch.device, on_step: OnSte
 def _windows(
     text: Text, settings: Settings, length: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Training windows (b, length + 1), the key planted in every other one, and weights of the loss."""
+    """Training windows (b, length + 1), the key planted in each, and weights of the loss."""
     data = text.parts[0]
-    rows = settings.batch_size * settings.length // length
+    rows = settings.batch_size * settings.length // length  # as many bytes at every length
     start = torch.randint(len(data) - length, (rows, 1), generator=generator)
     window = data[start + torch.arange(length + 1)]
     weight = torch.ones_like(window, dtype=torch.float32)
     line = len(ASK) + DIGITS + 1
-    for row, weights in zip(window[::2], weight[::2], strict=True):
+    for row, weights in zip(window, weight, strict=True):
         key = draw_key(generator)
         slots = torch.randperm(length // line, generator=generator)[: settings.planted].sort().values * line
         for i, place in enumerate(slots.tolist()):

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from heedful.cache.layer import config_of
 from heedful.ops.rotary import rotate
 
 
@@ -34,8 +35,7 @@ def rotation_of(model: PreTrainedModel | PreTrainedConfig) -> Rotation:
     Raises ValueError for a model whose positions are not rotary, are those of M-RoPE, or whose angles do not
     grow in proportion to one position.
     """
-    config = getattr(model, "config", model).get_text_config(decoder=True)
-    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+    if "mrope_section" in (getattr(config_of(model), "rope_parameters", None) or {}):
         raise ValueError(
             f"model is a {type(model).__name__} whose positions have three axes and do not count tokens; its "
             "cached keys cannot be moved by a number of tokens: use heedful.cache.StreamingVLMCache"
