@@ -101,7 +101,9 @@ def test_beams_share_their_image():
         wanted = model.generate(**inputs, max_new_tokens=3, num_beams=3, do_sample=False)
         one = {name: value[1:] for name, value in inputs.items()}
         found = model.generate(**one, max_new_tokens=3, num_beams=3, do_sample=False)
+        without = model.generate(**one, max_new_tokens=3, num_beams=3, do_sample=False, use_cache=False)
     assert torch.equal(found, wanted[1:])
+    assert torch.equal(without, found)
 
 
 @pytest.mark.door

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from heedful.hf.tap import Site
 from heedful.registry import register
 from heedful.steer.intervention import Intervention
-from heedful.steer.vision import VisionTower, check_class_token, image_tokens, on_tokens
+from heedful.steer.vision import ClassNotes, VisionTower, check_class_token, image_tokens, on_tokens
 
 
 def informed_tokens(
@@ -117,7 +117,7 @@ class InformedTokenBoost(_Boost):
             raise ValueError(f"local_ratio is {self.local_ratio!r}, must lie in [0, 1]")
         if (self.local is None) != (self.summary is None):
             raise ValueError("one of local and summary is given, must be both or none")
-        self._class: dict[int, list[Float[Tensor, "images t"]]] = {}  # by layer of the vision tower
+        self._class = ClassNotes()
         self._coefficient: Float[Tensor, "b m"] | None = None  # of the prompt
 
     @property
@@ -129,7 +129,7 @@ class InformedTokenBoost(_Boost):
         self._class.clear()
 
     def forget(self) -> None:
-        self._coefficient = None  # the images may have been encoded before the sequence began
+        self._coefficient = None
 
     def wants(self, site: Site) -> bool:
         if self._tower is not None and self._tower.owns(site):
@@ -140,7 +140,7 @@ class InformedTokenBoost(_Boost):
         if self._tower is not None and self._tower.owns(site):
             weights = site.weights(slice(0, 1))
             check_class_token(weights, self.model)
-            self._class.setdefault(site.layer, []).append(weights[:, :, 0, 1:].sum(1))
+            self._class.add(site.layer, weights[:, :, 0, 1:].sum(1))
 
     def logits(self, site: Site, logits: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
         if self._tower is not None and self._tower.owns(site):
@@ -157,12 +157,6 @@ class InformedTokenBoost(_Boost):
         if not image.any():
             return torch.zeros(image.shape, device=image.device)
         assert self._tower is not None
-        if not self._class:
-            raise ValueError(
-                "the images were encoded outside the context, must be encoded inside it; "
-                "else give local and summary"
-            )
-        first, penultimate = (torch.cat(self._class[layer]) for layer in (0, self._tower.layers - 2))
-        self._class.clear()
+        first, penultimate = (self._class.of(layer) for layer in (0, self._tower.layers - 2))
         local, summary = informed_tokens(first.float(), penultimate.float(), local_ratio=self.local_ratio)
         return on_tokens(self.alpha * local + self.beta * summary, image)

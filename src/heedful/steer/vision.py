@@ -42,6 +42,35 @@ class VisionTower:
         return site.name.startswith(self.prefix)
 
 
+class ClassNotes:
+    """What a class token looked at, image by image, in some layers of a vision tower.
+
+    Notes stay until other images are encoded: images may be encoded before the prompt is read, and the prompt
+    may be read more than once.
+    """
+
+    def __init__(self) -> None:
+        self._notes: dict[int, list[Float[Tensor, "images t"]]] = {}
+        self._told = False
+
+    def add(self, layer: int, attention: Float[Tensor, "images t"]) -> None:
+        """Note the attention to the patches of more images."""
+        if self._told:
+            self.clear()
+        self._notes.setdefault(layer, []).append(attention)
+
+    def of(self, layer: int) -> Float[Tensor, "images t"]:
+        """All notes of a layer. Raises ValueError if there are none."""
+        if layer not in self._notes:
+            raise ValueError("the images were encoded outside the context, must be encoded inside it")
+        self._told = True
+        return torch.cat(self._notes[layer])
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._notes, self._told = {}, False
+
+
 def image_tokens(reading: Reading, given: Bool[Tensor, "b m"] | None) -> Bool[Tensor, "b m"]:
     """The image tokens read so far: as given for the prompt, else those the configuration tells."""
     if given is None:
