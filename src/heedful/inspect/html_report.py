@@ -212,7 +212,7 @@ def _rollout(found: Findings) -> Section | None:
             )
             parts.append(
                 f'<figure class="rolled"><img src="{view.sample.picture}" alt=""><svg viewBox="0 0 {width} '
-                f'{height}" preserveAspectRatio="none">{cells}</svg></figure>'
+                f'{height}" preserveAspectRatio="none" shape-rendering="crispEdges">{cells}</svg></figure>'
             )
             continue
         words = " ".join(
