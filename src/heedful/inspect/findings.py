@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from heedful.inspect.capture import capture
 from heedful.inspect.head_importance import (
@@ -21,11 +17,11 @@ from heedful.inspect.head_importance import (
     silenced,
 )
 from heedful.inspect.head_profile import Habit, HeadProfile, habit_of
-from heedful.inspect.rollout import AttentionRollout
-from heedful.inspect.sample import Sample, Subject
+from heedful.inspect.peaks import Peak, Peaks
+from heedful.inspect.sample import Subject
 from heedful.inspect.site import Site
+from heedful.inspect.views import Tables, View
 
-SHOWN = 48  # tokens of a text whose tables are kept for the page
 _ENTRIES = 4_000_000  # of all tables that are kept
 
 
@@ -39,27 +35,6 @@ class Head:
     habit: Habit
     features: dict[str, float]
     importance: float = 0.0
-
-
-@dataclass
-class Peak:
-    """The largest activation that enters a layer, over all samples."""
-
-    layer: int
-    token: str
-    channel: int
-    value: float
-    median: float
-
-
-@dataclass
-class View:
-    """What of a sample the page shows: tables of weights, (heads, rows, columns) in 1/255."""
-
-    sample: Sample
-    tables: np.ndarray
-    received: np.ndarray  # (layers, m), the mean over heads
-    rollout: np.ndarray | None  # (m,) the share of each token in the output
 
 
 @dataclass
@@ -120,9 +95,9 @@ def inspect_model(subject: Subject, *, on_step: Callable[[str, int, int], None] 
     try:
         profiles: list[HeadProfile] = []
         views: list[View] = []
-        peaks = _Peaks(model, _attention_names(subject))
+        peaks = Peaks(model, _attention_names(subject))
         for done, sample in enumerate(subject.samples, start=1):
-            profile, tables = HeadProfile(sample), _Tables(sample)
+            profile, tables = HeadProfile(sample), Tables(sample)
             with capture(model, _both(profile, tables)), peaks.of(sample):
                 subject.run(sample)
             profiles.append(profile)
@@ -224,90 +199,3 @@ def _lags(profiles: list[HeadProfile]) -> np.ndarray:
             first = (bins - len(row)) // 2
             table[layers.index(layer), first : first + len(row)] += row
     return table / table.sum(1, keepdims=True).clip(1e-12)
-
-
-class _Tables:
-    """Keeps the tables of a sample's heads for the page, as bytes, of as many tokens as are shown."""
-
-    def __init__(self, sample: Sample) -> None:
-        self.sample = sample
-        self.tables: dict[tuple[int, str], np.ndarray] = {}
-        self.rollout: AttentionRollout | None = AttentionRollout() if len(sample) <= 512 else None
-        self.causal = False
-
-    @property
-    def entries(self) -> int:
-        return sum(t.size for t in self.tables.values())
-
-    def __call__(self, site: Site) -> None:
-        b, _, n, m = site.shape
-        if site.cross or b != 1 or n != m or m != len(self.sample):
-            return
-        if self.sample.grid is None:
-            shown = min(SHOWN, m)
-            weights = site.weights(slice(0, shown))[0, :, :, :shown].float()
-        else:
-            weights = _pooled_rows(site.weights()[0].float(), self.sample)
-        self.tables[site.layer, site.name] = (weights * 255).round().byte().cpu().numpy()
-        if self.rollout is not None:
-            self.rollout(site)
-            self.causal = not bool(site.visible()[0, 0, 0, -1])
-
-    def view(self, profile: HeadProfile) -> View:
-        places = sorted(self.tables)
-        layers = sorted({layer for layer, _ in places})
-        received = [
-            torch.cat([profile.received[p] for p in places if p[0] == layer]).mean(0).numpy()
-            for layer in layers
-        ]
-        reach = None
-        if self.rollout is not None and self.rollout.table is not None:
-            table = self.rollout.table[0]
-            reach = (table[-1] if self.causal else table.mean(0)).cpu().numpy()
-        return View(self.sample, np.concatenate([self.tables[p] for p in places]), np.stack(received), reach)
-
-
-def _pooled_rows(weights: Tensor, sample: Sample) -> Tensor:
-    """Rows of patches, joined to at most 8 x 8 blocks; columns stay."""
-    assert sample.grid is not None
-    height, width = sample.grid
-    step = max(1, -(-max(height, width) // 8))
-    patches = weights[:, sample.prefix :].transpose(1, 2).unflatten(2, sample.grid)
-    joined = nn.functional.avg_pool2d(patches, step, ceil_mode=True, count_include_pad=False)
-    return torch.cat([weights[:, : sample.prefix], joined.flatten(2).transpose(1, 2)], dim=1)
-
-
-class _Peaks:
-    """The largest activations entering each layer, by hooks on the blocks that hold the attention modules."""
-
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        modules = dict(model.named_modules())
-        self.blocks: dict[int, nn.Module] = {}
-        self.found: dict[int, Peak] = {}
-        for name in names:
-            match = re.match(r"(?:.*?\.)?(\d+)(?=\.)", name)
-            if match:
-                self.blocks[int(match[1])] = modules[match[0]]
-
-    @contextmanager
-    def of(self, sample: Sample) -> Iterator[None]:
-        with ExitStack() as stack:
-            for layer, block in self.blocks.items():
-                hook = partial(self._look, layer, sample)
-                stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            yield
-
-    def _look(
-        self, layer: int, sample: Sample, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[1] != len(sample):
-            return
-        size = hidden[0].float().abs()
-        token, channel = divmod(int(size.argmax()), size.shape[1])
-        peak = Peak(layer, sample.labels[token], channel, float(size.max()), float(size.median()))
-        if layer not in self.found or peak.value > self.found[layer].value:
-            self.found[layer] = peak
-
-    def peaks(self) -> list[Peak]:
-        return [self.found[layer] for layer in sorted(self.found)]
