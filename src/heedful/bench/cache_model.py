@@ -36,17 +36,17 @@ OnStep = Callable[[int, float], None]  # step, loss
 class Settings:
     """All that the trained weights depend on, beside the text."""
 
-    dim: int = 64
+    dim: int = 96
     layers: int = 3
     heads: int = 4
     kv_heads: int = 2
     length: int = 512
-    steps: int = 800
+    steps: int = 2000
     batch_size: int = 8
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     short: int = 96  # length of the first windows; in the last third of the steps they have full length
-    planted: int = 3  # lines with the key in a window
-    weight: float = 16.0  # of the digits that can be looked up, in the loss
+    planted: int = 6  # lines with the key in a window
+    weight: float = 8.0  # of the digits that can be looked up, in the loss
     seed: int = 0
 
     def config(self) -> LlamaConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 from jinja2 import Environment
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from rich.table import Table
 
 from heedful import __version__
@@ -78,6 +79,10 @@ def picture(found: Comparison) -> Figure:
                 ax.plot(held, values, "o-", ms=8 if name == FULL else 4.5, color=colour[name], label=name)
         for ax in (left, right):
             ax.set(xscale="log", xlabel="KiB held by the cache of one sequence (log)")
+            held = sorted(r.held / 1024 for r in found.results)
+            ticks = [2**i for i in range(31) if held[0] / 2 < 2**i < held[-1] * 2]
+            ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            ax.xaxis.set_minor_locator(NullLocator())
         left.set(
             ylabel="bits per byte (lower is better, axis reversed)",
             title="text: up and to the left is better",
