@@ -14,6 +14,7 @@ from heedful.inspect.associative_capacity import (
     signal_to_interference,
 )
 from heedful.inspect.attention_influence import attention_influence, block_influence, profile_influence
+from heedful.inspect.attention_saliency import attention_saliency, candidate_saliency
 from heedful.inspect.capture import capture
 from heedful.inspect.distance import (
     attention_distance,
@@ -61,6 +62,7 @@ from heedful.inspect.sinks import (
 from heedful.inspect.site import Site, Visibility
 from heedful.inspect.span_search import SpanPlan, search_spans, span_candidates
 from heedful.inspect.vision_head_divergence import token_vhd, vision_head_divergence
+from heedful.inspect.visual_contrast import color_complexity, contrast_attention, visual_attention_entropy
 
 # What the report is made of is loaded when asked for.
 _LAZY = {
@@ -98,9 +100,13 @@ __all__ = [
     "attention_entropy",
     "attention_flow",
     "attention_influence",
+    "attention_saliency",
     "attention_strength_by_hop",
     "block_influence",
+    "candidate_saliency",
     "capture",
+    "color_complexity",
+    "contrast_attention",
     "cosine_distance",
     "effective_rank",
     "embed_patterns",
@@ -138,6 +144,7 @@ __all__ = [
     "token_distances",
     "token_vhd",
     "vision_head_divergence",
+    "visual_attention_entropy",
     "waad",
     "with_residual",
     "write_html",

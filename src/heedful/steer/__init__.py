@@ -18,14 +18,26 @@ mend_torchvision()
 
 _LAZY = {
     "AgentSD": "heedful.steer.agentsd",
+    "AssemblyDecoding": "heedful.steer.agla",
     "AttentionCalibration": "heedful.steer.act_attention_calibration",
+    "ContrastiveLogits": "heedful.steer.contrastive",
+    "CurvedPerturbedHeads": "heedful.steer.headhunter_softpag",
     "GazeShiftGuidance": "heedful.steer.gift",
+    "ImageFreeContrast": "heedful.steer.contrastive",
     "ImageTokenBoost": "heedful.steer.paint",
     "InformedTokenBoost": "heedful.steer.paint",
     "Intervention": "heedful.steer.intervention",
+    "LocalCoherenceBoost": "heedful.steer.lvlms_saliency",
+    "OutlierTokenContrast": "heedful.steer.damro",
+    "PerturbedAttentionGuidance": "heedful.steer.headhunter_softpag",
+    "PerturbedHeads": "heedful.steer.headhunter_softpag",
+    "SaliencyGuidedRejection": "heedful.steer.lvlms_saliency",
     "VisionHeadReinforcement": "heedful.steer.vhr",
     "VisualAttentionReallocation": "heedful.steer.dara",
     "VisualAttentionRedistribution": "heedful.steer.var_visattnsink",
+    "answer_attention": "heedful.steer.carve",
+    "contrastive_attention_crop": "heedful.steer.carve",
+    "head_hunter": "heedful.steer.headhunter_softpag",
 }
 
 __all__ = [*_LAZY]
