@@ -134,7 +134,9 @@ def _source_index() -> dict[str, Entry]:
                         names = [
                             n for n, told in configs.items() if told.get("object", node.name) == node.name
                         ]
-                        declared["aliases"] = (*declared.get("aliases", ()), *names)
+                        known = dict.fromkeys((*declared.get("aliases", ()), *names))
+                        own = ast.literal_eval(call.args[0])  # a configuration may have its family's name
+                        declared["aliases"] = tuple(alias for alias in known if alias != own)
                     entry = Entry(
                         ast.literal_eval(call.args[0]),
                         module=module,
