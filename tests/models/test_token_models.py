@@ -99,7 +99,7 @@ def test_a_block_is_its_equations():
     y = x + block.mixer(rms(x, block.norm1.weight))
     z = rms(y, block.norm2.weight)
     gate = z @ block.mlp.gate.weight.T
-    wanted = y + (gate * gate.sigmoid() * (z @ block.mlp.wide.weight.T)) @ block.mlp.narrow.weight.T
+    wanted = y + (gate * gate.sigmoid() * (z @ block.mlp.up.weight.T)) @ block.mlp.down.weight.T
     torch.testing.assert_close(block(x), wanted)
 
     block = Block(SelfAttention(16, heads=4, causal=True), mlp="gelu", norm="layer").double()

@@ -110,6 +110,11 @@ def tiny(family: str) -> Backbone:
         arguments["image_size"] = SIDE
     model = made(**arguments)
     assert isinstance(model, Backbone)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            # MaxViT's 0.01 as published is for trainings of very many steps; here its statistics would lag
+            # behind.
+            module.momentum = 0.1
     return model
 
 

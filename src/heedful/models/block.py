@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heedful.checks import check_choice, check_positive
+from heedful.mixers.heads.swiglu import SwiGLU
 from heedful.mixers.mixer import Mixer
 from heedful.mixers.state import State
 
@@ -25,44 +26,18 @@ def make_norm(
     return nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
 
 
-class SwiGLU(nn.Module):
-    """y = (silu(x W_gate) * x W_wide) W_narrow, without biases (arXiv 2002.05202).
-
-    hidden  inner width; None: 8/3 dim, rounded up to a multiple of 8
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        hidden = -(-dim // 3) * 8 if hidden is None else hidden
-        check_positive("hidden", hidden)
-        self.gate = nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype)
-        self.wide = nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype)
-        self.narrow = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
-        return self.narrow(F.silu(self.gate(x)) * self.wide(x))
-
-
 class GELU(nn.Module):
-    """y = gelu(x W_wide + b) W_narrow + b', with the exact GELU; hidden None: 4 dim."""
+    """y = gelu(x W_wide + b) W_narrow + b', with the exact GELU; hidden: inner width."""
 
     def __init__(
         self,
         dim: int,
-        hidden: int | None = None,
         *,
+        hidden: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden = 4 * dim if hidden is None else hidden
         check_positive("hidden", hidden)
         self.wide = nn.Linear(dim, hidden, device=device, dtype=dtype)
         self.narrow = nn.Linear(hidden, dim, device=device, dtype=dtype)
@@ -97,7 +72,13 @@ class Block(nn.Module):
         self.mixer = mixer
         self.norm1 = make_norm(norm, mixer.dim, device=device, dtype=dtype)
         self.norm2 = make_norm(norm, mixer.dim, device=device, dtype=dtype)
-        self.mlp = (SwiGLU if mlp == "swiglu" else GELU)(mixer.dim, hidden, device=device, dtype=dtype)
+        dim = mixer.dim
+        if mlp == "swiglu":  # two thirds of 4 dim, since it has three matrices; a multiple of 8
+            inner = -(-dim // 3) * 8 if hidden is None else hidden
+            self.mlp: nn.Module = SwiGLU(dim, hidden=inner, device=device, dtype=dtype)
+        else:
+            inner = 4 * dim if hidden is None else hidden
+            self.mlp = GELU(dim, hidden=inner, device=device, dtype=dtype)
 
     def forward(
         self,
