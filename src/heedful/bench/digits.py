@@ -40,6 +40,7 @@ TINY: dict[str, dict[str, Any]] = {
     "biformer-backbone": {"dims": DIMS, "head_dim": 8},
     "davit-backbone": PYRAMID,
     "dhvt-backbone": {**PLAIN, "heads": 4},
+    "dualtoken-vit-backbone": {"dims": (32, 48, 64), "heads": (2, 3, 4)},
     "efficientvit-cga-backbone": {"dims": (32, 48, 64), "heads": (2, 3, 4), "key_dim": 8},
     "evit-backbone": PLAIN,
     "focalnet-backbone": {"dims": DIMS},
