@@ -13,9 +13,12 @@ from heedful.inspect.associative_capacity import (
     propagated_error,
     signal_to_interference,
 )
+from heedful.inspect.attention_gradient import attention_times_gradient
 from heedful.inspect.attention_influence import attention_influence, block_influence, profile_influence
 from heedful.inspect.attention_saliency import attention_saliency, candidate_saliency
+from heedful.inspect.attribution import Attribution
 from heedful.inspect.capture import capture
+from heedful.inspect.deletion import Curve, deletion_auc, deletion_curve, insertion_curve
 from heedful.inspect.distance import (
     attention_distance,
     attention_strength_by_hop,
@@ -23,6 +26,7 @@ from heedful.inspect.distance import (
     token_distances,
 )
 from heedful.inspect.entropy import attention_entropy
+from heedful.inspect.gradient import gradient, gradient_times_input
 from heedful.inspect.head_importance import (
     HeadImportance,
     accuracy_drop,
@@ -32,6 +36,9 @@ from heedful.inspect.head_importance import (
     probability_drop,
     silenced,
 )
+from heedful.inspect.integrated_gradients import completeness_gap, integrated_gradients
+from heedful.inspect.lime import lime
+from heedful.inspect.occlusion import occlusion
 from heedful.inspect.path_ensemble import (
     ResidualPaths,
     ablate_paths,
@@ -50,7 +57,13 @@ from heedful.inspect.rhythm import (
     split_local_global_heads,
     waad,
 )
-from heedful.inspect.rollout import AttentionRollout, attention_flow, with_residual
+from heedful.inspect.rollout import (
+    AttentionRollout,
+    attention_flow,
+    high_responses,
+    rollout_responses,
+    with_residual,
+)
 from heedful.inspect.sinks import (
     find_sink_dims,
     find_sink_tokens,
@@ -61,6 +74,7 @@ from heedful.inspect.sinks import (
 )
 from heedful.inspect.site import Site, Visibility
 from heedful.inspect.span_search import SpanPlan, search_spans, span_candidates
+from heedful.inspect.target import Target, image_target, text_target
 from heedful.inspect.vision_head_divergence import token_vhd, vision_head_divergence
 from heedful.inspect.visual_contrast import color_complexity, contrast_attention, visual_attention_entropy
 
@@ -81,6 +95,8 @@ _LAZY = {
 __all__ = [
     "AssociativeCapacity",
     "AttentionRollout",
+    "Attribution",
+    "Curve",
     "Findings",
     "HeadImportance",
     "HeadProfile",
@@ -92,6 +108,7 @@ __all__ = [
     "Site",
     "SpanPlan",
     "Subject",
+    "Target",
     "Visibility",
     "ablate_paths",
     "accuracy_drop",
@@ -102,12 +119,16 @@ __all__ = [
     "attention_influence",
     "attention_saliency",
     "attention_strength_by_hop",
+    "attention_times_gradient",
     "block_influence",
     "candidate_saliency",
     "capture",
     "color_complexity",
+    "completeness_gap",
     "contrast_attention",
     "cosine_distance",
+    "deletion_auc",
+    "deletion_curve",
     "effective_rank",
     "embed_patterns",
     "fai",
@@ -115,14 +136,22 @@ __all__ = [
     "find_sink_tokens",
     "find_sinks",
     "future_sums",
+    "gradient",
+    "gradient_times_input",
     "grid_distances",
     "head_importance_by_pruning",
+    "high_responses",
     "image_sample",
+    "image_target",
+    "insertion_curve",
     "inspect_model",
+    "integrated_gradients",
     "jensen_shannon",
+    "lime",
     "load_subject",
     "massive_activations",
     "mean_cosine",
+    "occlusion",
     "path_components",
     "path_distillation",
     "probability_drop",
@@ -134,6 +163,7 @@ __all__ = [
     "report",
     "reweighted",
     "rhythm_credit",
+    "rollout_responses",
     "search_spans",
     "signal_to_interference",
     "silenced",
@@ -141,6 +171,7 @@ __all__ = [
     "span_candidates",
     "split_local_global_heads",
     "text_samples",
+    "text_target",
     "token_distances",
     "token_vhd",
     "vision_head_divergence",

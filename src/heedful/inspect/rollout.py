@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from heedful.checks import check_choice
@@ -54,6 +54,68 @@ class AttentionRollout:
     def __call__(self, site: Site) -> None:
         if not site.cross:
             self.add(site.weights().float())
+
+
+@register("rollout-responses", kind="inspect", paper="dcal", tags=("rollout", "image"))
+def rollout_responses(
+    layers: Sequence[Float[Tensor, "b h n n"] | Site],
+    *,
+    token: int | slice = 0,
+    residual: float = 0.5,
+) -> Float[Tensor, "b n"]:
+    """How much a token of the last layer responds to each input: one row of the rollout, without its table.
+
+        r = e_t^T S'_L ... S'_1,   S'_l = (1 - residual) mean_h S_l + residual I, rows adding up to 1
+
+    layers  weights of each layer, first to last, or the calls themselves: `capture(model, sites.append)`.
+            Of calls, weights are made again piece by piece, so that no n x n table exists
+    token   whose row; of a slice, the mean of the rows
+
+    Without the class token's own entry, r[:, 1:] of token 0, this is what a ViT's class token responds to
+    (`high_responses` picks from it). Cross-attention is left out; ValueError if nothing is left.
+    Source: Dual Cross-Attention Learning, arXiv 2205.02151.
+    """
+    layers = [layer for layer in layers if isinstance(layer, Tensor) or not layer.cross]
+    if not layers:
+        raise ValueError("layers is empty, must hold at least one layer of self-attention")
+    top = layers[-1] if isinstance(layers[-1], Tensor) else layers[-1].query
+    row = top.new_zeros(top.shape[0], top.shape[2], dtype=torch.promote_types(top.dtype, torch.float32))
+    row[:, token] = 1
+    row = row / row.sum(-1, keepdim=True)
+    for layer in reversed(layers):
+        n, m = layer.shape[2:]
+        if not n == m == row.shape[1]:
+            raise ValueError(f"layers has weights of {n} x {m}, must be square and of one length")
+        weights, pieces = _readable(layer)
+        below = torch.zeros_like(row)
+        for rows in pieces:
+            mixed = (1 - residual) * weights(rows).to(row).mean(1)
+            share = row[:, rows] / (mixed.sum(-1) + residual)
+            below += (share[:, None] @ mixed)[:, 0]
+            below[:, rows] += residual * share
+        row = below
+    return row
+
+
+def _readable(layer: Tensor | Site) -> tuple[Callable[[slice], Tensor], Iterable[slice]]:
+    """A layer's weights by rows, and the pieces in which to ask for them."""
+    if isinstance(layer, Tensor):
+        return lambda rows: layer[:, :, rows], [slice(0, layer.shape[2])]
+    return layer.weights, layer.pieces()
+
+
+def high_responses(responses: Float[Tensor, "b n"], *, share: float = 0.1) -> Int[Tensor, "b k"]:
+    """The patches with the highest responses, k = share n of them (one at least), in their own order.
+
+    responses  of patches alone: `rollout_responses(...)[:, 1:]`
+    share      0.1 for fine-grained recognition, 0.3 for re-identification in the paper
+
+    These are the only queries of global-local cross-attention. Source: arXiv 2205.02151.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share is {share}, must lie in (0, 1]")
+    count = max(1, int(share * responses.shape[-1] + 1e-9))
+    return responses.topk(count, dim=-1).indices.sort(-1).values
 
 
 @register("attention-flow", kind="inspect", paper="attention-flow", tags=("flow", "attribution"))
