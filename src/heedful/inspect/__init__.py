@@ -15,6 +15,12 @@ from heedful.inspect.associative_capacity import (
 )
 from heedful.inspect.attention_gradient import attention_times_gradient
 from heedful.inspect.attention_influence import attention_influence, block_influence, profile_influence
+from heedful.inspect.attention_points import (
+    PointPrompts,
+    RegularizedAttentionFlow,
+    attention_to_points,
+    regularized_attention_flow,
+)
 from heedful.inspect.attention_saliency import attention_saliency, candidate_saliency
 from heedful.inspect.attribution import Attribution
 from heedful.inspect.capture import capture
@@ -101,7 +107,9 @@ __all__ = [
     "HeadImportance",
     "HeadProfile",
     "PatternEmbedding",
+    "PointPrompts",
     "ReceptiveField",
+    "RegularizedAttentionFlow",
     "ResidualPaths",
     "RhythmProfile",
     "Sample",
@@ -120,6 +128,7 @@ __all__ = [
     "attention_saliency",
     "attention_strength_by_hop",
     "attention_times_gradient",
+    "attention_to_points",
     "block_influence",
     "candidate_saliency",
     "capture",
@@ -159,6 +168,7 @@ __all__ = [
     "propagated_error",
     "received_attention",
     "receptive_field",
+    "regularized_attention_flow",
     "relative_log_amplitude",
     "report",
     "reweighted",
