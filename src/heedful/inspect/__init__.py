@@ -13,8 +13,16 @@ from heedful.inspect.associative_capacity import (
     propagated_error,
     signal_to_interference,
 )
+from heedful.inspect.attention_average import attention_average, norm_based_attention
 from heedful.inspect.attention_gradient import attention_times_gradient
 from heedful.inspect.attention_influence import attention_influence, block_influence, profile_influence
+from heedful.inspect.attention_magnets import (
+    AttentionMagnets,
+    content_words,
+    find_global_sinks,
+    heatmap_peak,
+    with_magnets,
+)
 from heedful.inspect.attention_points import (
     PointPrompts,
     RegularizedAttentionFlow,
@@ -32,6 +40,7 @@ from heedful.inspect.distance import (
     token_distances,
 )
 from heedful.inspect.entropy import attention_entropy
+from heedful.inspect.explanation_agreement import Agreement, explanation_agreement
 from heedful.inspect.gradient import gradient, gradient_times_input
 from heedful.inspect.head_importance import (
     HeadImportance,
@@ -43,7 +52,9 @@ from heedful.inspect.head_importance import (
     silenced,
 )
 from heedful.inspect.integrated_gradients import completeness_gap, integrated_gradients
+from heedful.inspect.kendall_top_k import kendall_top_k
 from heedful.inspect.lime import lime
+from heedful.inspect.lrp_cnn import lrp_cnn
 from heedful.inspect.occlusion import occlusion
 from heedful.inspect.path_ensemble import (
     ResidualPaths,
@@ -54,6 +65,7 @@ from heedful.inspect.path_ensemble import (
     reweighted,
 )
 from heedful.inspect.pattern_embedding import PatternEmbedding, embed_patterns
+from heedful.inspect.rank_correlation import kendall_tau, pearson, spearman, weighted_kendall_tau
 from heedful.inspect.receptive_field import ReceptiveField, receptive_field
 from heedful.inspect.rhythm import (
     RhythmProfile,
@@ -70,6 +82,7 @@ from heedful.inspect.rollout import (
     rollout_responses,
     with_residual,
 )
+from heedful.inspect.saliency_words import Snippet, SnippetSearch, saliency_prompt, saliency_words
 from heedful.inspect.sinks import (
     find_sink_dims,
     find_sink_tokens,
@@ -99,7 +112,9 @@ _LAZY = {
 }
 
 __all__ = [
+    "Agreement",
     "AssociativeCapacity",
+    "AttentionMagnets",
     "AttentionRollout",
     "Attribution",
     "Curve",
@@ -114,6 +129,8 @@ __all__ = [
     "RhythmProfile",
     "Sample",
     "Site",
+    "Snippet",
+    "SnippetSearch",
     "SpanPlan",
     "Subject",
     "Target",
@@ -121,6 +138,7 @@ __all__ = [
     "ablate_paths",
     "accuracy_drop",
     "associative_capacity",
+    "attention_average",
     "attention_distance",
     "attention_entropy",
     "attention_flow",
@@ -134,13 +152,16 @@ __all__ = [
     "capture",
     "color_complexity",
     "completeness_gap",
+    "content_words",
     "contrast_attention",
     "cosine_distance",
     "deletion_auc",
     "deletion_curve",
     "effective_rank",
     "embed_patterns",
+    "explanation_agreement",
     "fai",
+    "find_global_sinks",
     "find_sink_dims",
     "find_sink_tokens",
     "find_sinks",
@@ -149,6 +170,7 @@ __all__ = [
     "gradient_times_input",
     "grid_distances",
     "head_importance_by_pruning",
+    "heatmap_peak",
     "high_responses",
     "image_sample",
     "image_target",
@@ -156,13 +178,18 @@ __all__ = [
     "inspect_model",
     "integrated_gradients",
     "jensen_shannon",
+    "kendall_tau",
+    "kendall_top_k",
     "lime",
     "load_subject",
+    "lrp_cnn",
     "massive_activations",
     "mean_cosine",
+    "norm_based_attention",
     "occlusion",
     "path_components",
     "path_distillation",
+    "pearson",
     "probability_drop",
     "profile_influence",
     "propagated_error",
@@ -174,11 +201,14 @@ __all__ = [
     "reweighted",
     "rhythm_credit",
     "rollout_responses",
+    "saliency_prompt",
+    "saliency_words",
     "search_spans",
     "signal_to_interference",
     "silenced",
     "sink_score",
     "span_candidates",
+    "spearman",
     "split_local_global_heads",
     "text_samples",
     "text_target",
@@ -187,6 +217,8 @@ __all__ = [
     "vision_head_divergence",
     "visual_attention_entropy",
     "waad",
+    "weighted_kendall_tau",
+    "with_magnets",
     "with_residual",
     "write_html",
 ]
