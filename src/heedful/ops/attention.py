@@ -69,7 +69,7 @@ def attention(  # type: ignore[misc]  # the overloads name only what changes the
     query_offset: the key position of query 0; defaults to m - n, so that decoding needs nothing special.
     return_lse: also the natural log-sum-exp of the logits, (b, hq, n), differentiable.
     backend: how, never what: "reference", "sdpa", "tiled", "flex", "triton", or "auto", the fastest that
-    serves ("triton" only by name until its figures on a GPU are in).
+    serves.
     A row that sees nothing gives zeros and lse -inf. Raises ValueError on shapes that do not fit, and
     where a dense computation would hold more than 2^30 logits (above 2^26 it warns).
     """
@@ -211,14 +211,24 @@ def _choose(call: Call) -> str:
     if isinstance(pattern, BlockTable | TokenGroups):
         if small and torch.compiler.is_compiling():
             return "reference"  # one traceable graph
-        return "flex" if call.query.is_cuda and flex.unsupported(call) is None else "tiled"
+        return _sparse(call)
     dense = pattern is None or (isinstance(pattern, Causal) and call.n == call.m)
     if sdpa.unsupported(call) is None and (small or (dense and not sdpa.holds_scores(call))):
         return "sdpa"
     if small:
         return "reference"
-    if call.query.is_cuda and flex.unsupported(call) is None:
-        return "flex"
+    return _sparse(call)
+
+
+def _sparse(call: Call) -> str:
+    """The fastest backend that leaves out what is hidden."""
+    if not call.query.is_cuda:
+        return "tiled"
+    # FlexAttention stays in the graph of torch.compile; the Triton kernels break it.
+    order = ("flex", "triton") if torch.compiler.is_compiling() else ("triton", "flex")
+    for name in order:
+        if BACKENDS[name].unsupported(call) is None and (name == "flex" or triton.suits(call.query.device)):
+            return name
     return "tiled"
 
 

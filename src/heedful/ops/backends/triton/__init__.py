@@ -6,6 +6,6 @@ key block. Tiles that are fully visible are not masked; the others compare posit
 consists of `bands`, and read packed bits (`bits`) elsewhere. Nothing holds an n x m buffer of numbers.
 """
 
-from heedful.ops.backends.triton.run import run, unsupported
+from heedful.ops.backends.triton.run import run, suits, unsupported
 
-__all__ = ["run", "unsupported"]
+__all__ = ["run", "suits", "unsupported"]

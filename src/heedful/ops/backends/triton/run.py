@@ -49,6 +49,11 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
+def suits(device: torch.device) -> bool:
+    """Whether the tile sizes were chosen for this GPU: NVIDIA's since Ampere."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @torch.compiler.disable
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call. Differentiable once: a second backward raises an error that says so."""
