@@ -8,12 +8,19 @@ import pytest
 import torch
 
 import heedful
-from heedful.routing.clusters import closest_tokens, cluster_topk, cluster_window, nearest_cluster
+from heedful.routing.clusters import (
+    centroid_scores,
+    closest_tokens,
+    cluster_nearest,
+    cluster_topk,
+    nearest_cluster,
+)
 
 F64 = torch.float64
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(
     ("n", "m", "clusters", "window"),
     [
@@ -21,59 +28,58 @@ F64 = torch.float64
         (5, 37, 3, 4),
         (1, 20, 4, 3),
         (40, 40, 5, 50),
-        (70, 70, 2, 5),
+        (200, 200, 2, 5),
+        (150, 190, 3, 90),
         (9, 9, 1, 1),
         (1, 1, 2, 2),
     ],
 )
-def test_the_last_keys_of_the_own_cluster(n, m, clusters, window, masked):
+def test_the_nearest_keys_so_far(n, m, clusters, window, ties, masked):
     torch.manual_seed(n + m)
-    of_query, of_key = torch.randint(clusters, (2, 3, n)), torch.randint(clusters, (2, 3, m))
+    of_query = torch.randint(clusters, (2, 3, n))
+    scores = torch.randn(2, 3, clusters, m, dtype=F64)
+    scores = scores.round() if ties else scores
     mask = torch.rand(2, m) < 0.7 if masked else None
-    groups = cluster_window(of_query, of_key, clusters=clusters, window=window, key_mask=mask)
+    groups = cluster_nearest(of_query, scores, window=window, key_mask=mask)
     seen = torch.zeros(2, 3, n, m, dtype=torch.bool)
     for b, h, i in itertools.product(range(2), range(3), range(n)):
-        past = [j for j in range(i + m - n + 1) if of_key[b, h, j] == of_query[b, h, i]]
-        past = [j for j in past if mask is None or mask[b, j]]
-        seen[b, h, i, past[-window:]] = True
+        row = scores[b, h, of_query[b, h, i]].tolist()
+        past = [j for j in range(i + m - n + 1) if mask is None or mask[b, j]]
+        seen[b, h, i, sorted(past, key=lambda j: (row[j], j))[-window:]] = True
     assert torch.equal(groups.dense(), seen)
     named = groups.pair_mask().flatten(2).sum(-1)
     assert torch.equal(named, seen.flatten(2).sum(-1))  # no pair is named twice
 
 
-def test_a_window_serves_attention_and_passes_no_gradient_through_the_choice():
+def test_a_selection_serves_attention_and_passes_no_gradient_through_the_choice():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 29, 8, dtype=F64, requires_grad=True) for _ in range(3))
     means = torch.randn(3, 4, 8, dtype=F64, requires_grad=True)
-    groups = cluster_window(nearest_cluster(q, means), nearest_cluster(k, means), clusters=4, window=5)
+    groups = cluster_nearest(nearest_cluster(q, means), centroid_scores(k, means), window=5)
     ours = heedful.attention(q, k, v, pattern=groups)
-    logits = (q @ k.mT * 8**-0.5).masked_fill(~groups.dense(), -torch.inf)
-    dense = logits.softmax(-1).nan_to_num(0.0)
-    expected = dense @ v
+    expected = (q @ k.mT * 8**-0.5).masked_fill(~groups.dense(), -torch.inf).softmax(-1) @ v
     torch.testing.assert_close(ours, expected)
     weight = torch.randn_like(ours)
     grads = torch.autograd.grad((ours * weight).sum(), (q, k, v, means), allow_unused=True)
     assert grads[3] is None
-    safe = torch.where(groups.dense().any(-1, keepdim=True), logits, 0.0).softmax(-1)
-    safe = safe * groups.dense().any(-1, keepdim=True)
-    wanted = torch.autograd.grad(((safe @ v) * weight).sum(), (q, k, v))
-    torch.testing.assert_close(grads[:3], wanted)
+    torch.testing.assert_close(grads[:3], torch.autograd.grad((expected * weight).sum(), (q, k, v)))
 
 
 def test_what_comes_later_changes_no_row():
     torch.manual_seed(0)
-    of_query, of_key = torch.randint(3, (1, 1, 33)), torch.randint(3, (1, 1, 33))
-    whole = cluster_window(of_query, of_key, clusters=3, window=4).dense()
-    for cut in (1, 7, 16, 32):
-        part = cluster_window(of_query[..., :cut], of_key[..., :cut], clusters=3, window=4).dense()
+    of_query, scores = torch.randint(3, (1, 1, 133)), torch.randn(1, 1, 3, 133)
+    whole = cluster_nearest(of_query, scores, window=4).dense()
+    for cut in (1, 7, 64, 65, 132):
+        part = cluster_nearest(of_query[..., :cut], scores[..., :cut], window=4).dense()
         assert torch.equal(part, whole[..., :cut, :cut])
 
 
 def test_a_group_reads_at_most_twice_what_its_queries_see():
-    cluster = torch.randint(16, (1, 2, 4096), generator=torch.Generator().manual_seed(0))
-    groups = cluster_window(cluster, cluster, clusters=16, window=64)
+    generator = torch.Generator().manual_seed(0)
+    of_query = torch.randint(16, (1, 2, 4096), generator=generator)
+    groups = cluster_nearest(of_query, torch.randn(1, 2, 16, 4096, generator=generator), window=64)
     assert groups.key_index.shape[-1] <= 128
-    assert groups.visited() < 3 * 64 / 4096
+    assert groups.visited() < 2 * 64 / 4096
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -114,12 +120,12 @@ def test_topk_is_the_mean_over_the_clusters_that_took_a_query(causal):
 
 @pytest.mark.door
 def test_errors():
-    none = torch.zeros(1, 1, 3, dtype=torch.long)
+    none, scores = torch.zeros(1, 1, 3, dtype=torch.long), torch.zeros(1, 1, 2, 3)
     with pytest.raises(ValueError, match="window is 0"):
-        cluster_window(none, none, clusters=2, window=0)
-    with pytest.raises(ValueError, match="clusters is 0"):
-        cluster_window(none, none, clusters=0, window=2)
+        cluster_nearest(none, scores, window=0)
+    with pytest.raises(ValueError, match="query_cluster has 3 tokens"):
+        cluster_nearest(none, scores[..., :2], window=2)
     with pytest.raises(ValueError, match="key_mask has shape"):
-        cluster_window(none, none, clusters=1, window=2, key_mask=torch.ones(1, 2, dtype=torch.bool))
+        cluster_nearest(none, scores, window=2, key_mask=torch.ones(1, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="window is 0"):
         closest_tokens(torch.zeros(1, 1, 3, 2), torch.zeros(1, 2, 2), 0)

@@ -52,9 +52,8 @@ def transcription(mixer, x, *, causal=True, rank_causal=False):
                 )
                 if mixer.selection == "strict":
                     for i in range(n):
-                        seen = [j for j in range(i + 1) if near_k[j] == near_q[i]][-W:]
-                        if seen:
-                            out[i] = torch.stack([q[i] @ k[j] for j in seen]).softmax(0) @ v[seen]
+                        seen = (k[: i + 1] @ mu[near_q[i]]).argsort(descending=True)[:W].tolist()
+                        out[i] = torch.stack([q[i] @ k[j] for j in seen]).softmax(0) @ v[seen]
                 else:
                     count = [0] * n
                     for c in range(mixer.clusters):
@@ -225,11 +224,11 @@ def test_centroids_as_parameters_follow_the_loss():
     torch.testing.assert_close(grad, expected)
 
 
-def test_a_state_keeps_the_clusters_it_was_built_with():
+def test_a_state_keeps_how_near_its_keys_are():
     mixer = build().eval()
     x = torch.randn(2, 19, 12, dtype=F64)
     _, state = mixer(x[:, :12], state=mixer.init_state(2))
-    assert state.cluster.shape == (2, 2, 12)
+    assert state.score.shape == (2, 2, 3, 12)
     y, state = mixer(x[:, 12:], state=state)
     torch.testing.assert_close(y, mixer(x)[:, 12:])
 

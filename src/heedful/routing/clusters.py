@@ -1,8 +1,8 @@
 """Routing by clusters: a query sees the keys that lie near the same centroid.
 
-`nearest_cluster` gives every token one cluster; `cluster_window` makes of it a selection that never looks
-ahead. `closest_tokens` gives every cluster its best tokens of the whole sequence, and `cluster_topk` makes of
-it the selection of the Routing Transformer as published.
+`nearest_cluster` gives every token one cluster, and `cluster_nearest` shows a query the keys nearest to its
+centroid so far, a selection that never looks ahead. `closest_tokens` gives every cluster its best tokens of
+the whole sequence, and `cluster_topk` makes of it the selection of the Routing Transformer as published.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from heedful.checks import check_mask, check_positive
 from heedful.registry import register
+from heedful.routing.best_so_far import STEP, best_before, floor, ranks
 from heedful.selection import TokenGroups
 
 
 def nearest_cluster(x: Float[Tensor, "b h n d"], means: Float[Tensor, "h k d"]) -> Int[Tensor, "b h n"]:
     """The centroid with the largest inner product, for each token: argmax_c x . means_c; no gradient."""
-    return _scores(x, means).argmax(-1)
+    return centroid_scores(x, means).argmax(2)
 
 
 def closest_tokens(
@@ -35,7 +36,7 @@ def closest_tokens(
     check_positive("window", window)
     n = x.shape[2]
     check_mask("mask", mask, x.shape[0], n)
-    scores = _scores(x, means).mT
+    scores = centroid_scores(x, means)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
     best = scores.topk(min(window, n), dim=-1)
@@ -43,11 +44,12 @@ def closest_tokens(
     return index.masked_fill(index == n, -1)
 
 
-def _scores(x: Tensor, means: Tensor) -> Tensor:
-    """x . means, (b, h, n, k); rounding to half precision would move tokens between clusters."""
+def centroid_scores(x: Float[Tensor, "b h n d"], means: Float[Tensor, "h k d"]) -> Float[Tensor, "b h k n"]:
+    """x . means of every centroid and token, in float32 at least; no gradient."""
+    # Rounding to half precision would move tokens between clusters.
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        return x.detach().to(wide) @ means.detach().to(wide).mT
+        return means.detach().to(wide) @ x.detach().to(wide).mT
 
 
 @register(
@@ -104,101 +106,92 @@ def mean_weight(
 
 
 @register(
-    "cluster-window",
+    "cluster-nearest",
     kind="routing",
     paper="routing-transformer",
     tags=("sparse", "cluster", "causal"),
-    complexity="O(N W D + N log N)",
+    complexity="O(N W D + N K log N)",
 )
-def cluster_window(
+def cluster_nearest(
     query_cluster: Int[Tensor, "b h n"],
-    key_cluster: Int[Tensor, "b h m"],
+    key_scores: Float[Tensor, "b h k m"],
     *,
-    clusters: int,
     window: int,
     key_mask: Bool[Tensor, "b m"] | None = None,
-    query_offset: int | None = None,
 ) -> TokenGroups:
-    """A query sees the last `window` keys of its cluster, up to its own position.
+    """A query sees, of the keys up to its own position, the `window` nearest to the centroid of its cluster.
 
-        S_i = the last w of { j <= i : cluster(k_j) = cluster(q_i) }
+        S_i = the w keys j <= i with the largest k_j . mu_c,  c the cluster of q_i
 
-    query_cluster, key_cluster: numbers from 0 to clusters - 1, one a token (`nearest_cluster`)
+    query_cluster: numbers from 0 to k - 1 (`nearest_cluster`); the last query stands at the last key
+    key_scores: k_j . mu_c (`centroid_scores`); of equal ones the latest key counts as the nearest
     key_mask: True = may be seen; other keys take no place in the window
-    query_offset: the key position of query 0; defaults to m - n, so that a cache needs nothing special
 
-    What a token sees depends on nothing after it. The keys of a cluster, in order of time, are cut into
-    blocks of `window`; the queries whose last key lies in one block see that block and the one before it,
-    so that a group reads at most twice what its queries see.
-    The result is a `pattern` for `heedful.attention`. Raises ValueError unless window and clusters are >= 1.
-    Source: Routing Transformer, arXiv 2003.05997, whose S_i has no bound; its top-w looks ahead.
+    What a token sees depends on nothing after it. The queries of a cluster are put together if they stand
+    within `window` positions, so that a group reads at most twice what its queries see.
+    The result is a `pattern` for `heedful.attention`. Raises ValueError unless window >= 1 and n <= m.
+    Source: Routing Transformer, arXiv 2003.05997: its decoding; in training its top-w looks ahead.
     """
-    check_positive("clusters", clusters)
     check_positive("window", window)
-    (b, h, n), m = query_cluster.shape, key_cluster.shape[2]
+    (b, h, n), (k, m) = query_cluster.shape, key_scores.shape[2:]
     check_mask("key_mask", key_mask, b, m)
-    device = query_cluster.device
-    if n == 0 or m == 0:
+    if n > m:
+        raise ValueError(f"query_cluster has {n} tokens, must have no more than the keys, {m}")
+    device, offset = key_scores.device, m - n
+    if n == 0:
         nothing = torch.full((b, h, 0, 1), -1, device=device)
         return TokenGroups(nothing, nothing, (n, m))
-    offset = m - n if query_offset is None else query_offset
+    rank, order = ranks(key_scores, None if key_mask is None else key_mask[:, None, None])
+    keep = min(window, m)
 
-    # Keys by cluster and time. Hidden ones come last: no query asks for their cluster.
-    if key_mask is not None:
-        key_cluster = key_cluster.masked_fill(~key_mask[:, None], clusters)
-    span = m + 1
-    codes, order = (key_cluster * span + 1 + torch.arange(m, device=device)).sort(-1)
-    place = torch.empty_like(order).scatter_(-1, order, torch.arange(m, device=device).expand_as(order))
-    position = (torch.arange(n, device=device) + offset + 1).clamp(0, m)
-    start = torch.searchsorted(codes, query_cluster * span)
-    stop = torch.searchsorted(codes, query_cluster * span + position, right=True)
+    # The nearest keys before every stretch of `block` positions, and the worst that each query keeps.
+    block = -(-window // STEP) * STEP
+    kept, worst = [], []
+    for start, best in best_before(rank, keep, offset):
+        new = rank[..., start : start + STEP]
+        own = query_cluster[..., start - offset : start - offset + STEP, None]
+        last = best[..., max(0, keep - STEP - 1) :]
+        worst.append(floor(last.gather(2, _as(own, last)), new.gather(2, _as(own, new))))
+        if (start - offset) % block == 0:
+            kept.append(torch.where(best < 0, -1, order.gather(-1, best.clamp(min=0))))
+    least = torch.cat(worst, -1)
 
-    # Queries by cluster and block of their last key; those that see nothing come last and in no group.
-    seen = stop - start
-    block = (seen - 1).clamp(min=0) // window
-    blocks = m // window + 1
-    segment = torch.where(seen > 0, query_cluster * blocks + block, clusters * blocks)
-    segment, queries = segment.sort(dim=-1, stable=True)
-    count = torch.arange(n, device=device).expand_as(segment)
-    new = torch.cat([torch.ones_like(segment[..., :1]), segment.diff(dim=-1)], -1) != 0
-    within = count - torch.where(new, count, 0).cummax(-1).values
-    rows = min(n, max(16, window // 4))  # queries a group: few, so that short segments waste little
-    groups = n // rows + min(n, clusters + m // window)
+    # Queries by cluster and stretch, a few a group.
+    stretches = len(kept)
+    place = torch.arange(n, device=device)
+    segment, queries = (query_cluster * stretches + place // block).sort(dim=-1, stable=True)
+    first = torch.cat([torch.ones_like(segment[..., :1]), segment.diff(dim=-1)], -1) != 0
+    within = place - torch.where(first, place, 0).cummax(-1).values
+    rows = min(n, max(16, window // k))
+    groups = n // rows + min(n, k * stretches)
     group = (within % rows == 0).cumsum(-1) - 1
-    live = segment < clusters * blocks
-    slot = torch.where(live, group * rows + within % rows, groups * rows)
-    query_index = torch.full((b, h, groups * rows + 1), -1, device=device)
-    query_index = query_index.scatter_(-1, slot, queries)[..., :-1].view(b, h, groups, rows)
+    query_index = torch.full((b, h, groups * rows), -1, device=device)
+    query_index = query_index.scatter_(-1, group * rows + within % rows, queries).view(b, h, groups, rows)
 
-    # The keys of a group: the block of its queries' last keys, and the block before it.
-    back = window if m > window else 0
-    first = start + (block * window - back).clamp(min=0)
-    first, last = (_of_group(x.gather(-1, queries), group, live, groups) for x in (first, stop))
-    wanted = first[..., None] + torch.arange(min(m, back + window), device=device)
-    key_index = order.gather(-1, wanted.clamp(max=m - 1).flatten(2)).view(wanted.shape)
-    key_index = key_index.masked_fill(wanted >= last[..., None], -1)
+    # The keys of a group: those of its own stretch, and the nearest before it.
+    segment = torch.zeros(b, h, groups, dtype=torch.int64, device=device).scatter_(-1, group, segment)
+    near = torch.stack(kept, 3).flatten(2, 3)  # (b, h, k * stretches, keep)
+    near = near.gather(2, segment[..., None].expand(-1, -1, -1, keep))
+    own = (segment % stretches * block)[..., None] + torch.arange(min(block, n), device=device)
+    key_index = torch.cat([torch.where(own < n, own + offset, -1), near], -1)
     if not torch.compiler.is_compiling():
         query_index, key_index = _trimmed(query_index, key_index)
 
     def visible(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        after = stop[b, h, row] - place[b, h, column]  # 1: the last key that the query sees
-        return (after > 0) & (after <= window)
+        # The queries of a group are of one cluster: no need to look it up for every pair.
+        one = row[..., :1, :] if row.ndim > 1 else row
+        return (column <= row + offset) & (rank[b, h, query_cluster[b, h, one], column] >= least[b, h, row])
 
     return TokenGroups(query_index, key_index, (n, m), visible)
 
 
-def _of_group(x: Tensor, group: Tensor, live: Tensor, groups: int) -> Tensor:
-    """The largest x (b, h, n) of each group's queries, (b, h, groups); 0 for empty groups."""
-    where = torch.where(live, group, groups)
-    total = x.new_zeros(*x.shape[:2], groups + 1)
-    return total.scatter_reduce(-1, where, x, "amax")[..., :-1]
+def _as(cluster: Int[Tensor, "b h n 1"], x: Int[Tensor, "b h k s"]) -> Int[Tensor, "b h n s"]:
+    return cluster.expand(-1, -1, -1, x.shape[-1])
 
 
 def _trimmed(query_index: Tensor, key_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the groups, queries and keys that are padding for all heads; pads stand at the end."""
+    """Without the groups, queries and keys that are padding for all heads."""
     count = int((query_index[..., 0] >= 0).sum(-1).max()) if query_index.numel() else 0
     query_index, key_index = query_index[:, :, :count], key_index[:, :, :count]
-    if not count:
-        return query_index, key_index
-    rows, columns = (int((index >= 0).sum(-1).max()) for index in (query_index, key_index))
-    return query_index[..., :rows], key_index[..., : max(1, columns)]
+    rows, columns = ((index >= 0).flatten(0, 2).any(0) for index in (query_index, key_index))
+    return query_index[..., rows], key_index[..., columns]

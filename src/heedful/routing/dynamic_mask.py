@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from heedful.checks import check_choice, check_mask, check_positive
 from heedful.registry import register
+from heedful.routing.best_so_far import STEP, best_before, floor, ranks
 from heedful.selection import TokenGroups
 
 KINDS = ("topk", "relu")
@@ -48,29 +49,27 @@ def running_topk(
     check_mask("key_mask", key_mask, b, m)
     n = m if queries is None else queries
     offset = m - n
-    device = scores.device
-    rank = _ranks(scores, key_mask)
+    device, keep = scores.device, min(keep, max(m, 1))
+    rank, order = ranks(scores, None if key_mask is None else key_mask[:, None])
 
-    block = max(16, min(_BLOCK, keep // 4))
-    until = torch.full_like(rank, m)  # the first position that does not see the key any more
-    kept = _best(torch.arange(offset, device=device).expand(b, h, -1), rank, keep)
-    rows, columns = [], []
-    for start in range(offset, m, block):
-        new = torch.arange(start, min(start + block, m), device=device).expand(b, h, -1)
-        rows.append(_padded(new[:1, :1] - offset, block))
-        columns.append(_padded(torch.cat([new, kept], -1), block + keep))
-        until = _until(until, rank, kept, new, keep)
-        kept = _best(torch.cat([kept, new], -1), rank, keep)
-    if not rows:
+    block = max(STEP, min(_BLOCK, keep // 4 // STEP * STEP))
+    kept, worst = [], []
+    for start, best in best_before(rank, keep, offset):
+        worst.append(floor(best[:, :, None], rank[:, :, None, start : start + STEP]))
+        if (start - offset) % block == 0:
+            kept.append(torch.where(best < 0, -1, order.gather(-1, best.clamp(min=0))))
+    if not kept:
         nothing = torch.full((1, 1, 0, 1), -1, device=device)
         return TokenGroups(nothing, nothing, (n, m))
-    width = min(m, block + keep)
+    rows = _padded(torch.arange(n, device=device), len(kept) * block).view(1, 1, -1, block)
+    own = torch.where(rows < 0, -1, rows + offset)[..., : min(n, block)].expand(b, h, -1, -1)
+    columns = torch.cat([own, torch.stack(kept, 2)], -1)
+    least = torch.cat(worst, -1)
 
     def visible(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        position = row + offset
-        return (column <= position) & (position < until[b, h, column])
+        return (column <= row + offset) & (rank[b, h, column] >= least[b, h, row])
 
-    return TokenGroups(torch.stack(rows, 2), torch.stack(columns, 2)[..., :width], (n, m), visible)
+    return TokenGroups(rows, columns, (n, m), visible)
 
 
 def global_topk(
@@ -82,10 +81,10 @@ def global_topk(
     Source: Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124, as in flash-dmattn.
     """
     check_positive("keep", keep)
-    b, h, m = scores.shape
+    b, _, m = scores.shape
     check_mask("key_mask", key_mask, b, m)
-    rank = _ranks(scores, key_mask)
-    kept = _best(torch.arange(m, device=scores.device).expand(b, h, -1), rank, keep)
+    _, order = ranks(scores, None if key_mask is None else key_mask[:, None])
+    kept = order[..., max(0, m - keep) :]
     rows = _padded(torch.arange(m, device=scores.device), -(-m // _BLOCK) * _BLOCK).view(1, 1, -1, _BLOCK)
     columns = kept[:, :, None].expand(-1, -1, rows.shape[2], -1)
     return TokenGroups(rows, columns, (m, m), lambda b, h, row, column: column <= row)
@@ -131,37 +130,6 @@ def topk_bias_mask(
     count = count.index_add(-1, blocks, seen.to(count.dtype))
     length = torch.bincount(blocks, minlength=count.shape[-1])
     return (2 * count > length)[..., blocks]
-
-
-def _ranks(scores: Tensor, key_mask: Tensor | None) -> Int[Tensor, "b h m"]:
-    """A number for each key, greater for greater scores and, of equal ones, for later keys."""
-    scores = scores.detach()
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None], -torch.inf)
-    order = scores.sort(dim=-1, stable=True).indices
-    number = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, number)
-
-
-def _best(index: Tensor, rank: Tensor, keep: int) -> Int[Tensor, "b h kept"]:
-    """Of the keys of `index` the `keep` best, best first."""
-    found = rank.gather(-1, index).topk(min(keep, index.shape[-1]), dim=-1)
-    return index.gather(-1, found.indices)
-
-
-def _until(until: Tensor, rank: Tensor, kept: Tensor, new: Tensor, keep: int) -> Tensor:
-    """`until` with the positions at which keys are dropped while the keys `new` come to those kept."""
-    count, more = kept.shape[-1], new.shape[-1]
-    if count + more <= keep:
-        return until
-    # Each new key drops at most one, always the worst: only the last of those kept are in danger.
-    index = torch.cat([kept[..., max(0, count - more) :], new], dim=-1)
-    own, arriving, before = rank.gather(-1, index), rank.gather(-1, new), rank.gather(-1, kept)
-    better = torch.searchsorted(-before, -own)  # of those kept; they stand best first
-    arrived = (arriving[..., None, :] > own[..., None]).cumsum(-1)
-    stays = (better[..., None] + arrived < keep).sum(-1)  # how many of the new keys it survives
-    ends = torch.where(stays < more, new[..., :1] + stays, until.gather(-1, index))
-    return until.scatter(-1, index, ends)
 
 
 def _padded(index: Tensor, width: int) -> Tensor:

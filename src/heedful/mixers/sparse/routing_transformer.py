@@ -28,9 +28,10 @@ from heedful.patterns.halo import Halo
 from heedful.patterns.pattern import Pattern
 from heedful.registry import register
 from heedful.routing.clusters import (
+    centroid_scores,
     closest_tokens,
+    cluster_nearest,
     cluster_topk,
-    cluster_window,
     mean_weight,
     nearest_cluster,
 )
@@ -42,9 +43,9 @@ _EMA_EPS = 1e-5  # of Laplace's smoothing of the cluster sizes
 
 @dataclass(frozen=True)
 class RoutingState(KVState):
-    """Keys and values of all heads, and the cluster (b, routed heads, m) of every key of a routed head."""
+    """Keys and values of all heads, and how near every key of a routed head is to each centroid."""
 
-    cluster: Int[Tensor, "b hr m"] | None = None
+    score: Float[Tensor, "b hr k m"] | None = None
 
 
 @register(
@@ -60,13 +61,13 @@ class RoutingState(KVState):
 class RoutingTransformerAttention(Mixer):
     """Softmax attention among tokens of one cluster, in some heads, and over near blocks, in the others.
 
-        routed head:  q, k = norm(x W_q), norm(x W_k);  cluster(t) = argmax_c t . mu_c
-                      o_i = softmax(q_i K_S^T) V_S,  S the last `window` keys of the cluster of q_i up to i
+        routed head:  q, k = norm(x W_q), norm(x W_k);  c = argmax_c q_i . mu_c
+                      o_i = softmax(q_i K_S^T) V_S,  S the `window` keys up to i with the largest k . mu_c
         local head:   o_i = softmax(q_i K^T / sqrt(d)) V over the own block up to i and the block before it
         y = concat_h(o_h T) W_o
 
     norm is a layer norm over the head without scale and shift, so that routed logits need no scale; T is one
-    matrix d x d for all heads; no projection has a bias. A query whose cluster holds no key gives 0.
+    matrix d x d for all heads; no projection has a bias.
 
     The centroids mu follow an online k-means: every backward pass in training moves them towards the mean of
     the tokens they are nearest to (queries, then keys), with the decay `decay`; a forward never changes them,
@@ -195,22 +196,20 @@ class RoutingTransformerAttention(Mixer):
 
         query, key, value = self.project(x)
         query_cluster = nearest_cluster(query[:, :routed], self.means)
-        key_cluster = nearest_cluster(key[:, :routed], self.means)
-        self._learn(query, key, query_cluster, key_cluster, mask)
+        score = centroid_scores(key[:, :routed], self.means)
+        self._learn(query, key, query_cluster, score.argmax(2), mask)
         seen = mask
         if state is not None:
             old, kv = state, state.append(key, value, mask)
-            if old.cluster is not None:
-                key_cluster = torch.cat([old.cluster, key_cluster], dim=2)
-            state = RoutingState(kv.length, kv.key, kv.value, kv.mask, key_cluster)
+            if old.score is not None:
+                score = torch.cat([old.score, score], dim=3)
+            state = RoutingState(kv.length, kv.key, kv.value, kv.mask, score)
             assert kv.key is not None
             assert kv.value is not None
             key, value, seen = kv.key, kv.value, kv.mask
 
         if self.selection == "strict":
-            sees = cluster_window(
-                query_cluster, key_cluster, clusters=self.clusters, window=self.window, key_mask=seen
-            )
+            sees = cluster_nearest(query_cluster, score, window=self.window, key_mask=seen)
             heads = attention(
                 query[:, :routed], key[:, :routed], value[:, :routed], pattern=sees, scale=1.0, key_mask=seen
             )
