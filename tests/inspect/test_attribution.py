@@ -176,7 +176,7 @@ def test_attention_times_gradient_of_timm():
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=2, embed_dim=12, num_heads=3).eval()
     pixels = torch.randn(1, 3, 48, 48)
-    target = look.image_target(model, pixels, lambda logits: logits[:, 7], patch=16)
+    target = look.image_target(model, pixels, lambda logits: logits[:, 7], grid=(3, 3))
     found = look.attention_times_gradient(model, target)
     assert found.grid == (3, 3) and found.map().shape == (3, 3)
     # The same weights as tables in the graph.
@@ -205,7 +205,7 @@ def test_images_by_patches():
     config = hf.ViTConfig(**sizes, image_size=24, patch_size=8)
     model = hf.ViTForImageClassification(config).eval().double()
     pixels = torch.randn(1, 3, 24, 24, dtype=torch.float64)
-    target = look.image_target(model, pixels, lambda output: output.logits[:, 0], patch=8)
+    target = look.image_target(model, pixels, lambda output: output.logits[:, 0], grid=(3, 3))
     assert target.grid == (3, 3) and target.tokens[5] == "2,3"
     assert target.with_all() == pytest.approx(model(pixels).logits[0, 0].item())
     black = pixels.clone()
@@ -266,10 +266,10 @@ def test_errors_at_the_door():
         look.text_target(model, inputs, lambda output: output[0][:, 0, 0])
     with pytest.raises(ValueError, match="must take inputs_embeds"):
         look.text_target(nn.Linear(2, 2), {"input_ids": torch.zeros(1, 2)}, lambda output: output[:, 0])
-    with pytest.raises(ValueError, match="both divided by 5"):
-        look.image_target(nn.Flatten(), torch.zeros(1, 3, 10, 12), lambda output: output[:, 0], patch=5)
+    with pytest.raises(ValueError, match="height divided by 4 and a width by 4"):
+        look.image_target(nn.Flatten(), torch.zeros(1, 3, 10, 12), lambda output: output[:, 0], grid=(4, 4))
     plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
-    seen = look.image_target(plain, torch.zeros(1, 3, 2, 2), lambda output: output[:, 0], patch=1)
+    seen = look.image_target(plain, torch.zeros(1, 3, 2, 2), lambda output: output[:, 0], grid=(2, 2))
     nothing = pytest.raises(ValueError, match="shows no self-attention over the 4 parts")
     with pytest.warns(UserWarning, match="no attention call"), nothing:
         look.attention_times_gradient(plain, seen)

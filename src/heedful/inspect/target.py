@@ -12,8 +12,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from heedful.checks import check_positive
-
 _ROWS = 32  # inputs that are computed at once
 
 
@@ -83,6 +81,89 @@ class Target:
         return found.detach()
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The parts of one input, and the model's output for b inputs (b, m, c) made of such parts."""
+
+    run: Callable[[Tensor], Any]
+    x: Float[Tensor, "m c"]
+    baseline: Float[Tensor, "m c"]
+    tokens: list[str]
+    grid: tuple[int, int] | None = None
+
+    def target(
+        self,
+        score: Callable[[Any], Tensor],
+        *,
+        fixed: Bool[Tensor, " m"] | None = None,
+        name: str = "the output",
+    ) -> Target:
+        """With a score of the model's output for b inputs, (b)."""
+        run = self.run
+        return Target(lambda x: score(run(x)), self.x, self.baseline, self.tokens, fixed, self.grid, name)
+
+
+def text_parts(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    tokens: Sequence[str] | None = None,
+    baseline: Float[Tensor, " c"] | None = None,
+) -> Parts:
+    """The embeddings of one text's tokens as parts; arguments and errors as those of `text_target`."""
+    rest = dict(inputs)
+    ids = rest.pop("input_ids", None)
+    if ids is None or ids.shape[0] != 1:
+        raise ValueError("inputs must have input_ids of one text, (1, m)")
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"model is a {type(model).__name__}, must take inputs_embeds")
+    table = model.get_input_embeddings()  # type: ignore[operator]
+
+    def run(embeddings: Tensor) -> Any:
+        rows = len(embeddings)
+        more = {k: v.expand(rows, *v.shape[1:]) if isinstance(v, Tensor) else v for k, v in rest.items()}
+        return model(inputs_embeds=embeddings, **more)
+
+    with torch.no_grad():
+        x = table(ids)[0]
+        if baseline is None:
+            pad = getattr(model.config, "pad_token_id", None)
+            baseline = torch.zeros_like(x[0]) if pad is None else table(torch.tensor([pad]).to(ids))[0]
+        own, ours = model(**inputs)[0], run(x[None])[0]
+    if (own - ours).abs().max() > 1e-3 * own.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} gives another output from embeddings than from ids, must give the same: "
+            "it uses the ids elsewhere too"
+        )
+    named = list(tokens) if tokens is not None else [str(int(i)) for i in ids[0]]
+    return Parts(run, x, baseline.to(x).expand_as(x), named)
+
+
+def image_parts(
+    model: Callable[..., Any],
+    pixels: Float[Tensor, "1 c height width"],
+    grid: tuple[int, int],
+    *,
+    baseline: float = 0.0,
+) -> Parts:
+    """The patches of one image as parts; arguments and errors as those of `image_target`."""
+    rows, columns = grid
+    if len(pixels) != 1 or min(grid) < 1 or pixels.shape[-2] % rows or pixels.shape[-1] % columns:
+        raise ValueError(
+            f"pixels have shape {tuple(pixels.shape)}, must be (1, c, height, width), a height "
+            f"divided by {rows} and a width by {columns}"
+        )
+    sizes = {"h": rows, "w": columns, "p": pixels.shape[-2] // rows, "q": pixels.shape[-1] // columns}
+
+    def run(parts: Tensor) -> Any:
+        images = rearrange(parts, "b (h w) (c p q) -> b c (h p) (w q)", **sizes)
+        return model(pixel_values=images) if hasattr(model, "config") else model(images)
+
+    x = rearrange(pixels, "1 c (h p) (w q) -> (h w) (c p q)", **sizes)
+    tokens = [f"{row + 1},{column + 1}" for row in range(rows) for column in range(columns)]
+    return Parts(run, x, torch.full_like(x, baseline), tokens, grid)
+
+
 def text_target(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -103,68 +184,28 @@ def text_target(
     baseline  the embedding of a token that is not there; by default that of the padding token, or zeros
               where the model has none
 
-    Raises ValueError for more than one text, and for a model that does not give the same number from
-    embeddings as from ids.
+    Raises ValueError for more than one text, and for a model that does not give the same from embeddings as
+    from ids.
     """
-    rest = dict(inputs)
-    ids = rest.pop("input_ids", None)
-    if ids is None or ids.shape[0] != 1:
-        raise ValueError("inputs must have input_ids of one text, (1, m)")
-    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"model is a {type(model).__name__}, must take inputs_embeds")
-    table = model.get_input_embeddings()  # type: ignore[operator]
-    with torch.no_grad():
-        x = table(ids)[0]
-        if baseline is None:
-            pad = getattr(model.config, "pad_token_id", None)
-            baseline = torch.zeros_like(x[0]) if pad is None else table(torch.tensor([pad]).to(ids))[0]
-
-    def value(embeddings: Tensor) -> Tensor:
-        rows = len(embeddings)
-        more = {k: v.expand(rows, *v.shape[1:]) if isinstance(v, Tensor) else v for k, v in rest.items()}
-        return score(model(inputs_embeds=embeddings, **more))
-
-    with torch.no_grad():
-        own, ours = float(score(model(**inputs))), float(value(x[None]))
-    if abs(own - ours) > 1e-3 * max(1.0, abs(own)):
-        raise ValueError(
-            f"{type(model).__name__} gives {ours:.4g} from embeddings and {own:.4g} from ids, must give the "
-            "same: it uses the ids elsewhere too"
-        )
-    named = list(tokens) if tokens is not None else [str(int(i)) for i in ids[0]]
-    return Target(value, x, baseline.to(x).expand_as(x), named, fixed, name=name)
+    return text_parts(model, inputs, tokens=tokens, baseline=baseline).target(score, fixed=fixed, name=name)
 
 
 def image_target(
-    model: nn.Module,
+    model: Callable[..., Any],
     pixels: Float[Tensor, "1 c height width"],
     score: Callable[[Any], Tensor],
     *,
-    patch: int,
+    grid: tuple[int, int],
     baseline: float = 0.0,
     name: str = "the output",
 ) -> Target:
-    """A number of an image model as a function of the square patches of one image.
+    """A number of an image model as a function of the patches of one image.
 
-    model     of transformers (called with pixel_values) or any module that takes the pixels; in eval mode
+    model     of transformers (called with pixel_values), or any module that takes the pixels; in eval mode
     score     the model's output for b images -> (b)
-    patch     the side of a patch in pixels; 1 takes pixel by pixel
+    grid      (rows, columns) of patches that the image is cut into; its height and width take pixel by pixel
     baseline  the pixel that stands for nothing; 0 is the mean colour of images that were normalised
 
     Raises ValueError if the patches do not divide the image.
     """
-    check_positive("patch", patch)
-    height, width = (side // patch for side in pixels.shape[-2:])
-    if pixels.shape[-2:] != (height * patch, width * patch) or len(pixels) != 1:
-        raise ValueError(
-            f"pixels have shape {tuple(pixels.shape)}, must be (1, c, height, width), both divided by {patch}"
-        )
-    sizes = {"h": height, "w": width, "p": patch, "q": patch}
-
-    def value(parts: Tensor) -> Tensor:
-        images = rearrange(parts, "b (h w) (c p q) -> b c (h p) (w q)", **sizes)
-        return score(model(pixel_values=images) if hasattr(model, "config") else model(images))
-
-    x = rearrange(pixels, "1 c (h p) (w q) -> (h w) (c p q)", **sizes)
-    tokens = [f"{row + 1},{column + 1}" for row in range(height) for column in range(width)]
-    return Target(value, x, torch.full_like(x, baseline), tokens, grid=(height, width), name=name)
+    return image_parts(model, pixels, grid, baseline=baseline).target(score, name=name)
