@@ -10,6 +10,7 @@ from heedful import authors
 from heedful.authors import Table
 from heedful.mixers.channel.eca import ECA
 from heedful.mixers.grid.agent_attention import AgentAttentionDeiT
+from heedful.routing.layer_router import LayerRouter
 from tests.parity.harness import Golden
 from tests.test_parity import GOLDEN
 
@@ -83,6 +84,18 @@ def test_eca(name):
     mixer = heedful.create(name, x.shape[1], kernel=params["conv.weight"].shape[-1])
     y = authors.load(mixer, params).eval()(x)
     torch.testing.assert_close(y, wanted, atol=1e-6, rtol=1e-5)
+
+
+@golden_needed
+def test_layer_router_of_one_layer_of_a_released_model():
+    golden = Golden.read(GOLDEN / "flux-attention.json")
+    inside = "model.layers.3.self_attn.mask_allocator."
+    given = {inside + name: value for name, value in golden.part("param", golden.draw()).items()}
+    given[inside + "log_temp"] = torch.zeros(())
+    router = LayerRouter(golden.config["d_feature"])
+    authors.load(router, given, prefix_strip=(inside,))
+    assert torch.equal(router.head[4].bias, given[inside + "cls_router_head_agnostic.4.bias"])
+    assert torch.equal(router.features[0].weight, given[inside + "cls_feat_extractor.0.weight"])
 
 
 def test_prefixes_of_wrappers_are_stripped():

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from heedful import authors
 from heedful.routing.layer_router import LayerRouter, pool_ends
 from tests.parity.harness import Tensors, adapter
-
-_NAMES = {"cls_feat_extractor": "features", "cls_router_head_agnostic": "head"}
 
 
 @adapter("flux-attention")
 def flux_attention(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
-    router = LayerRouter(config["d_feature"])
-    renamed = {}
-    for name, value in params.items():
-        module, rest = name.split(".", 1)
-        renamed[f"{_NAMES[module]}.{rest}"] = value
-    router.load_state_dict(renamed, strict=True)
-    router.eval()
+    router = authors.load(LayerRouter(config["d_feature"]), params).eval()
     outputs: Tensors = {}
     for prefix, name in (("", "q"), ("short_", "q_short")):
         query = inputs[name].transpose(1, 2)
