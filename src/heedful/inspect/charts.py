@@ -27,7 +27,7 @@ def dots(found: Findings, value: Callable[[Head], float], label: str, *, top: fl
     width, height, left, bottom = 520.0, 250.0, 46.0, 34.0
     values = [value(h) for h in found.heads]
     tick = _round_step(max(values) if top is None else top)
-    most = tick * math.ceil(max(values) / tick - 1e-9) if top is None else top
+    most = tick * max(1, math.ceil(max(values) / tick - 1e-9)) if top is None else top
     ticks = [tick * i for i in range(round(most / tick) + 1)]
     step = (width - left - 10) / len(found.layers)
 
@@ -121,3 +121,98 @@ def bars(heads: Sequence[Head], numbers: Sequence[int], label: str) -> Markup:
         )
         parts.append(_text(left + size + 6, y + 15, f"{head.importance:.3g}", "start"))
     return _svg(width, row * len(heads) + 4, parts, label)
+
+
+MORE, LESS = "#d95f02", "#2b6cb0"  # what raises a number, and what lowers it
+
+
+def signed(x: float, most: float) -> str:
+    """How a cell of score x is filled, where `most` is the largest there is."""
+    share = min(1.0, abs(x) / (most or 1.0))
+    return f'fill="{MORE if x >= 0 else LESS}" fill-opacity="{0.03 + 0.97 * share:.3f}"'
+
+
+def _cell(x: float, y: float, width: float, height: float, look: str, hint: str) -> str:
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{height - 1:.1f}" rx="2" {look}>'
+        f"<title>{escape(hint)}</title></rect>"
+    )
+
+
+def _below(names: Sequence[str], left: float, step: float, y: float) -> list[str]:
+    """Slanted names below columns."""
+    places = [left + (c + 0.5) * step + 3 for c in range(len(names))]
+    return [
+        _text(x, y + 12, name, "end", f'transform="rotate(-40 {x:.1f} {y + 12:.1f})"')
+        for x, name in zip(places, names, strict=True)
+    ]
+
+
+def signed_heat(
+    table: np.ndarray, rows: Sequence[str], columns: Sequence[str], label: str, *, fixed: Sequence[bool]
+) -> Markup:
+    """Scores by row, orange above 0 and blue below, each scaled to its row's largest; `fixed` ones are grey."""
+    left, top, tall, foot = 142.0, 6.0, 26.0, 62.0
+    wide = float(np.clip(880 / max(1, len(columns)), 13, 62))
+    most = np.abs(np.where(fixed, 0.0, table)).max(1)
+    parts = []
+    for r, name in enumerate(rows):
+        parts.append(_text(left - 9, top + tall * (r + 0.5) + 4, name, "end"))
+        for c, told in enumerate(columns):
+            x = float(table[r, c])
+            look = 'fill="#eceef1"' if fixed[c] else signed(x, float(most[r]))
+            hint = f"{name}, {told}: {x:+.3g}{' (always there)' if fixed[c] else ''}"
+            parts.append(_cell(left + c * wide, top + r * tall, wide, tall, look, hint))
+    y = top + tall * len(rows)
+    parts += _below(columns, left, wide, y)
+    return _svg(left + wide * len(columns) + 10, y + foot, parts, label)
+
+
+def matrix(table: np.ndarray, names: Sequence[str], label: str) -> Markup:
+    """How far each agrees with each, from -1, blue, to 1, orange."""
+    left, top, wide, tall, foot = 142.0, 6.0, 54.0, 30.0, 96.0
+    parts = []
+    for r, name in enumerate(names):
+        parts.append(_text(left - 9, top + tall * (r + 0.5) + 4, name, "end"))
+        for c, other in enumerate(names):
+            x = float(table[r, c])
+            look = 'fill="#f4f5f7"' if r == c else signed(x, 1.0)
+            hint = f"{name} and {other}: {x:.2f}"
+            parts.append(_cell(left + c * wide, top + r * tall, wide, tall, look, hint))
+            if r != c:
+                ink = ' class="light"' if abs(x) > 0.6 else ""
+                parts.append(_text(left + (c + 0.5) * wide, top + tall * (r + 0.5) + 4, f"{x:.2f}", more=ink))
+    y = top + tall * len(names)
+    parts += _below(names, left, wide, y)
+    return _svg(left + wide * len(names) + 10, y + foot, parts, label)
+
+
+def lines(curves: Sequence[tuple[str, str, np.ndarray]], across: str, label: str) -> Markup:
+    """(name, colour, values) over shares from 0 to 1, evenly; without a colour a line is dashed and grey."""
+    width, height, left, bottom, top = 400.0, 250.0, 40.0, 38.0, 10.0
+    low = min(0.0, *(float(values.min()) for *_, values in curves))
+    high = max(1.0, *(float(values.max()) for *_, values in curves))
+
+    def place(share: float, x: float) -> tuple[float, float]:
+        return left + share * (width - left - 12), top + (high - x) / (high - low) * (height - top - bottom)
+
+    parts = []
+    for x in (0.0, 0.5, 1.0):
+        _, y = place(0, x)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 6, y + 3.5, f"{x:g}", "end"))
+        parts.append(_text(place(x, 0)[0], height - bottom + 15, f"{100 * x:.0f} %"))
+    parts.append(_text(left + (width - left) / 2, height - 6, across))
+    dots = []
+    for name, colour, values in curves:
+        shares = np.linspace(0, 1, len(values))
+        points = [place(float(share), float(v)) for share, v in zip(shares, values, strict=True)]
+        look = f'stroke="{colour}"' if colour else 'stroke="#8a9099" stroke-dasharray="4 3"'
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" {look} stroke-width="2"/>')
+        for (x, y), share, v in zip(points, shares, values, strict=True):
+            hint = escape(f"{name}, {100 * share:.0f} %: {v:.2f}")
+            dots.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="transparent"><title>{hint}</title></circle>'
+            )
+    return _svg(width, height, parts + dots, label)
