@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from heedful.cli import bench_models, bench_restore, bench_theory, fail
+from heedful.cli import bench_models, bench_recurrences, bench_restore, bench_theory, fail
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     bench.command("ops", help="Time, memory and share of the ideal of each pattern, beside dense attention.")(
         _ops
     )
+    bench_recurrences.register(bench)
     bench_models.register(bench)
     bench_theory.register(bench)
     bench_restore.register(bench)
