@@ -16,6 +16,7 @@ from heedful.inspect import (
     relative_log_amplitude,
     reweighted,
 )
+from heedful.inspect.path_ensemble import rescaled
 from heedful.mixers.heads.ensemble_scale import EnsembleScale
 from heedful.mixers.heads.self_attention import SelfAttention
 from heedful.models.block import Block
@@ -197,3 +198,29 @@ def test_door(network):
         model(x)
     with pytest.raises(ValueError, match=r"shape is \(2, 2\)"):
         relative_log_amplitude(torch.zeros(1, 5, 2), (2, 2))
+
+
+def test_scales_inside_the_network(network):
+    """x <- x + w_i branch_i(x), by hand, and gradients of the weights."""
+    model, paths, x = network
+    weights = torch.rand(4, 8, dtype=F64, requires_grad=True)
+
+    def by_hand(w):
+        y = x
+        for i, block in enumerate(model.blocks):
+            y = y + w[2 * i] * block.mixer(block.norm1(y))
+            y = y + w[2 * i + 1] * block.mlp(block.norm2(y))
+        return model.head(model.norm(y))
+
+    with rescaled(paths, lambda: weights):
+        ours = model(x)
+    torch.testing.assert_close(ours, by_hand(weights))
+    (grad,) = torch.autograd.grad(ours.sin().sum(), weights, retain_graph=True)
+    torch.testing.assert_close(grad, torch.autograd.grad(by_hand(weights).sin().sum(), weights)[0])
+    with rescaled(paths, torch.ones(4)):
+        assert torch.equal(model(x), by_hand(torch.ones(4)))
+    with (
+        pytest.raises(ValueError, match="weights are for 5 branches, must be for 4"),
+        rescaled(paths, torch.ones(5)),
+    ):
+        model(x)

@@ -36,6 +36,7 @@ _FILES = {
     "preference_loss": "distill",
     "prune_experts": "experts",
     "prune_heads": "prune",
+    "prune_paths": "paths",
     "recover": "distill",
     "search_groups": "dha",
     "to_dha": "dha",

@@ -14,6 +14,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from heedful.checks import check_positive
 from heedful.convert.attention import ConvertedAttention
+from heedful.convert.paths import KEY as PATHS
+from heedful.convert.paths import cut_off
 from heedful.convert.report import Change, Report
 from heedful.convert.sites import DIFFERENTIAL, ENCODERS, ROTARY, Site, choose_sites, find_sites
 
@@ -98,6 +100,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     Converted.__name__ = plain.__name__  # by which transformers finds what belongs to a class
     model = Converted.from_pretrained(path, **kwargs)
     model.__class__ = plain
+    if cut := getattr(config, PATHS, None):
+        cut_off(model, cut)
     return model
 
 

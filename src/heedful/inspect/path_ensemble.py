@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from heedful.registry import register
 
@@ -79,21 +81,40 @@ def path_components(paths: ResidualPaths, run: Callable[[], object]) -> list[Flo
 
 
 class _Running:
-    """sum_i (w_i - 1) c_i over the paths so far; nothing else is kept."""
+    """Hooks that keep sum_i (w_i - 1) c_i over the paths so far, nothing else, and add it to the sum.
 
-    weights: Tensor
-    total: Tensor
-    place: int
+    They are methods, so that a copy of a network has hooks on itself.
+    """
 
-    def start(self, weights: Tensor, components: int) -> None:
-        if len(weights) != components:
-            raise ValueError(f"weights are for {len(weights)} paths, must be for {components}")
-        self.weights, self.place = weights, 0
+    def __init__(self, components: int, weights: Weights | Callable[[], Weights]) -> None:
+        self.components, self.given = components, weights
+        self.weights = self.total = torch.empty(0)
 
-    def add(self, component: Tensor) -> None:
-        step = (self.weights[self.place] - 1) * component
-        self.total = self.total + step if self.place else step
-        self.place += 1
+    def start(self, module: nn.Module, given: Any) -> None:
+        self.weights = self.given() if callable(self.given) else self.given
+        if len(self.weights) != self.components:
+            raise ValueError(f"weights are for {len(self.weights)} paths, must be for {self.components}")
+        self.total = (self.weights[0] - 1) * _input(given)
+
+    def branch(self, place: int, module: nn.Module, given: Any, out: Any) -> None:
+        # By its place and not by counting, since checkpointing runs branches again.
+        self.total = self.total + (self.weights[place] - 1) * _output(out)
+
+    def end(self, module: nn.Module, given: Any) -> tuple[Any, ...]:
+        return _input(given) + self.total, *given[1:]
+
+
+def reweigh(paths: ResidualPaths, weights: Weights | Callable[[], Weights]) -> list[RemovableHandle]:
+    """`reweighted` for good, or until the handles are removed. Copies of the network are reweighed, too."""
+    running = _Running(paths.components, weights)
+    return [
+        paths.first.register_forward_pre_hook(running.start),
+        *(
+            branch.register_forward_hook(partial(running.branch, place))
+            for place, branch in enumerate(paths.branches, start=1)
+        ),
+        paths.last.register_forward_pre_hook(running.end),
+    ]
 
 
 @contextmanager
@@ -102,28 +123,70 @@ def reweighted(paths: ResidualPaths, weights: Weights | Callable[[], Weights]) -
 
     weights: one a path, or one a path and channel, or a function that gives them at each forward (such as
     `EnsembleScale.table`, which learns them). With ones the output is the same to the last bit. Zeros cut:
-    trained so, a network has these paths pruned.
+    trained so, a network has these paths pruned (`heedful.convert.prune_paths`).
     Raises ValueError in the forward if there is not a weight for each path.
     """
-    running = _Running()
-
-    def start(module: nn.Module, given: Any) -> None:
-        running.start(weights() if callable(weights) else weights, paths.components)
-        running.add(_input(given))
-
-    handles = [paths.first.register_forward_pre_hook(start)]
-    for branch in paths.branches:
-        handles.append(branch.register_forward_hook(lambda module, given, out: running.add(_output(out))))
-    handles.append(
-        paths.last.register_forward_pre_hook(
-            lambda module, given: (_input(given) + running.total, *given[1:])
-        )
-    )
+    handles = reweigh(paths, weights)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def rescaled(paths: ResidualPaths, weights: Weights | Callable[[], Weights]) -> Iterator[None]:
+    """Inside this context what each branch adds is scaled within the network: x <- x + w_i branch_i(x).
+
+    The other form of the weights, like a LayerScale: later layers and the classifier see it alike. weights:
+    one a branch, or one a branch and channel, or a function that gives them at each forward; no weight is for
+    x_0. With ones the output is the same to the last bit.
+    Raises ValueError in the forward if there is not a weight for each branch.
+    """
+
+    def scaled(place: int, module: nn.Module, given: Any, out: Any) -> Any:
+        table = weights() if callable(weights) else weights
+        if len(table) != len(paths.branches):
+            raise ValueError(f"weights are for {len(table)} branches, must be for {len(paths.branches)}")
+        y = table[place] * _output(out)
+        return y if isinstance(out, Tensor) else (y, *out[1:])
+
+    handles = [branch.register_forward_hook(partial(scaled, i)) for i, branch in enumerate(paths.branches)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def residual_paths(model: nn.Module) -> ResidualPaths:
+    """Where a model adds to its residual stream.
+
+    model  of transformers, llama, mistral, qwen2, qwen3 or vit by its model_type, or a VisionTransformer of
+           timm
+
+    Raises ValueError for any other model, which needs a `ResidualPaths` of its own, and where dropout stands
+    between a branch and its sum.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    inner: Any = getattr(model, "base_model", model)
+    if kind in ("llama", "mistral", "qwen2", "qwen3"):
+        branches = [part for layer in inner.layers for part in (layer.self_attn, layer.mlp)]
+        return ResidualPaths(inner.layers[0].input_layernorm, branches, inner.norm)
+    if kind == "vit":
+        if config.hidden_dropout_prob:  # type: ignore[union-attr]
+            raise ValueError(
+                f"model has hidden_dropout_prob {config.hidden_dropout_prob}, must be 0"  # type: ignore[union-attr]
+            )
+        branches = [part for layer in inner.layers for part in (layer.attention, layer.mlp)]
+        return ResidualPaths(inner.layers[0].layernorm_before, branches, inner.layernorm)
+    if kind == "VisionTransformer" and hasattr(inner.blocks[0], "drop_path1"):
+        branches = [part for block in inner.blocks for part in (block.drop_path1, block.drop_path2)]
+        return ResidualPaths(inner.blocks[0].norm1, branches, inner.norm)
+    raise ValueError(
+        f"model is of type {kind!r}, must be llama, mistral, qwen2, qwen3, vit or a VisionTransformer of timm"
+    )
 
 
 @register("path-ensemble", kind="inspect", paper="path-ensemble", tags=("attribution", "residual", "pruning"))
