@@ -153,4 +153,5 @@ class NCHWBiLevelRoutingAttention(BiLevelRoutingAttention):
 
 def _pad(x: Float[Tensor, "b height width c"], multiple: tuple[int, int]) -> Tensor:
     """Zeros at the right and the bottom, up to the next multiple."""
-    return F.pad(x, (0, 0, 0, -x.shape[2] % multiple[1], 0, -x.shape[1] % multiple[0]))
+    down, right = -x.shape[1] % multiple[0], -x.shape[2] % multiple[1]
+    return F.pad(x, (0, 0, 0, right, 0, down)) if down or right else x

@@ -114,8 +114,10 @@ class DaViTWindowAttention(MapAttention):
     def forward(self, x: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c height width"]:
         check_map("x", x, self.dim, self.entry.spatial)
         height, width = x.shape[2:]
-        padded = F.pad(x, (0, -width % self.window, 0, -height % self.window))
-        return super().forward(padded)[..., :height, :width]
+        down, right = -height % self.window, -width % self.window
+        if down or right:
+            x = F.pad(x, (0, right, 0, down))
+        return super().forward(x)[..., :height, :width]
 
     def attend(
         self,

@@ -63,11 +63,12 @@ class _WindowMixer(Mixer):
         side = {"y": self.window, "x": self.window}
         down, right = -height % self.window, -width % self.window
         sides = {"r": (height + down) // self.window, "s": (width + right) // self.window}
-        tokens = rearrange(F.pad(x, (0, right, 0, down)).movedim(1, -1), _WINDOWS, **side)
         key_mask = None
         if down or right:
+            x = F.pad(x, (0, right, 0, down))
             on_map = F.pad(x.new_ones(1, height, width, 1), (0, 0, 0, right, 0, down))
             key_mask = (rearrange(on_map, _WINDOWS, **side)[..., 0] > 0).repeat(batch, 1)
+        tokens = rearrange(x.movedim(1, -1), _WINDOWS, **side)
         parts = rearrange(self.qkv(tokens), "g n (three h d) -> three g h n d", h=self.heads, d=self._width)
         key, value = parts[-2:]
         if query is None:

@@ -94,14 +94,14 @@ class MultiAxisAttention(Mixer):
         batch, _, height, width = x.shape
         down, right = -height % self.size, -width % self.size
         groups = _GROUPS[self.partition]
-        tokens = F.pad(x, (0, right, 0, down)).movedim(1, -1)
         size = {"y": self.size, "x": self.size}
         key_mask = None
         if down or right:
+            x = F.pad(x, (0, right, 0, down))
             on_map = F.pad(x.new_ones(1, height, width, 1), (0, 0, 0, right, 0, down))
             key_mask = (rearrange(on_map, groups, **size)[..., 0] > 0).repeat(batch, 1)
         q, k, v = rearrange(
-            self.qkv(rearrange(tokens, groups, **size)),
+            self.qkv(rearrange(x.movedim(1, -1), groups, **size)),
             "g n (three h d) -> three g h n d",
             three=3,
             h=self.heads,

@@ -40,9 +40,10 @@ def run(call: Call) -> tuple[Tensor, None]:
     call = call.widened()
     query, key, value = call.query, call.key, call.value
     dtype, width = query.dtype, value.shape[-1]
-    # The fused kernels want equal widths; zeros change neither logits nor outputs.
-    most = max(query.shape[-1], width)
-    query, key, value = (F.pad(x, (0, most - x.shape[-1])) for x in (query, key, value))
+    if width != query.shape[-1]:
+        # The fused kernels want equal widths; zeros change neither logits nor outputs.
+        most = max(query.shape[-1], width)
+        query, key, value = (F.pad(x, (0, most - x.shape[-1])) for x in (query, key, value))
     if call.repeats > 1:
         key, value = (x.repeat_interleave(call.repeats, dim=1) for x in (key, value))
     causal = _is_square_causal(call) and call.key_mask is None and call.bias is None
