@@ -13,7 +13,7 @@ from rich.table import Table
 
 from heedful.cli import fail
 
-KINDS = ("gqa", "pruned", "mla", "dha", "moh", "grown")
+KINDS = ("gqa", "pruned", "mla", "dha", "moh", "grown", "shrp", "paths")
 SENTENCES = 128  # half of them for the conversion, half to see what became of the model
 
 # Sentence pairs that show what became of an encoder: nearly the same, about the same, about something else.
@@ -67,6 +67,14 @@ def _convert(
     shared_heads: Annotated[int | None, typer.Option(help="moh: heads that are always on.")] = None,
     routed_heads: Annotated[int | None, typer.Option(help="moh: how many of the others a token has.")] = None,
     times: Annotated[int, typer.Option(help="grown: signal heads for each there was (diffllama).")] = 2,
+    hidden: Annotated[
+        int | None, typer.Option(help="shrp: channels inside the expander; default: four heads wide.")
+    ] = None,
+    route: Annotated[str, typer.Option(help="shrp: who takes a head, token or sequence.")] = "token",
+    share: Annotated[
+        float | None, typer.Option(help="shrp: share of the tokens that the heads kept in the end serve.")
+    ] = None,
+    cut: Annotated[int, typer.Option(help="paths: how many of the shortest paths to cut.")] = 1,
     recover: Annotated[int, typer.Option(help="Steps of distillation from the model as it was.")] = 0,
     lr: Annotated[float, typer.Option(help="Learning rate of the distillation.")] = 8e-5,
     text: Annotated[
@@ -82,7 +90,7 @@ def _convert(
             raise ValueError(f"to is {to!r}, must be one of {', '.join(KINDS)}")
         if to == "gqa" and kv_heads is None:
             raise ValueError("kv_heads is not given, must be the number of key and value heads to keep")
-        for name, steps in (("fuse", fuse), ("recover", recover)):
+        for name, steps in (("fuse", fuse), ("recover", recover), ("cut", cut)):
             if steps < 0:
                 raise ValueError(f"{name} is {steps}, must be at least 0")
         from transformers.utils import logging
@@ -119,10 +127,17 @@ def _convert(
             new, report = convert.to_dha(source, groups)
         elif to == "moh":
             new, report = convert.to_moh(old, shared_heads=shared_heads, routed_heads=routed_heads)
+        elif to == "shrp":
+            new, report = convert.to_shrp(old, hidden=hidden, route=route)
+        elif to == "paths":
+            new, report = convert.prune_paths(old, range(cut))
         else:
             new, report = convert.grow_signal_heads(old, times=times)
         if recover:
             convert.recover(new, old, batches, steps=recover, lr=lr, progress=shown)
+        if to == "shrp" and share is not None:
+            new, pruned = convert.prune_experts(new, batches, share=share)
+            report = report.followed_by(pruned)
         told = report.as_dict() | _compared(old, new, tokenizer, lines[SENTENCES // 2 :])
         if out is not None:
             new.save_pretrained(out)

@@ -67,7 +67,8 @@ def to_shrp(
         layer = changed.get_submodule(name)
         new = ExpertLayer(site, heads=site.heads, **numbers).start(site, layer)
         pairs.append((site, new))
-        changes.append(Change(name, _layer_cost(site, layer, context), new.cost(context)))
+        old = layer_cost(f"{site.heads} heads", site.cost(context).multiply_adds, layer)
+        changes.append(Change(name, old, new.cost(context)))
     for site, new in pairs:
         put(changed, site, new)
     return changed, Report("one head a token", tuple(changes), (before, parameters(changed)), context)
@@ -180,7 +181,7 @@ class ExpertLayer(nn.Module):
         return self
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *_: Any, **__: Any) -> Tensor:
-        mask = _key_mask(attention_mask)
+        mask = key_mask(attention_mask)
         if self.watch is not None:
             self.watch(self, hidden_states, mask)
         return self.norm(hidden_states + self.experts(hidden_states, mask=mask))
@@ -197,13 +198,13 @@ class ExpertLayer(nn.Module):
         )
 
 
-def _layer_cost(site: Site, layer: Any, context: int) -> Cost:
-    attention = site.cost(context).multiply_adds
+def layer_cost(heads: str, attention: int, layer: Any) -> Cost:
+    """Of a whole layer, from the words for its heads and the multiply-adds of its attention."""
     net = layer.intermediate.dense.weight.numel() + layer.output.dense.weight.numel()
-    return Cost(f"{site.heads} heads and net", parameters(layer), 0, attention + net)
+    return Cost(f"{heads} and net", parameters(layer), 0, attention + net)
 
 
-def _key_mask(mask: Any) -> Bool[Tensor, "b n"] | None:
+def key_mask(mask: Any) -> Bool[Tensor, "b n"] | None:
     """Which tokens may be seen, from the mask of any attention implementation; no query sees others."""
     if isinstance(mask, Visible):
         mask = mask.key_mask

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heedful.convert.model import KEY
@@ -59,6 +59,28 @@ def head_importance(
     finally:
         model.train(training)
     return (total / count).float()
+
+
+@torch.no_grad()
+def changed_outcome(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], module: nn.Module, hook: Any
+) -> float:
+    """What a model loses when a forward hook changes one of its modules, in the same measures."""
+    total, count, training = 0.0, 0, model.training
+    model.eval()
+    try:
+        for batch in batches:
+            measure = jensen_shannon if "logits" in model(**batch) else cosine_distance
+            whole = _outcome(model, batch)
+            handle = module.register_forward_hook(hook)
+            try:
+                lost = measure(whole, _outcome(model, batch))
+            finally:
+                handle.remove()
+            total, count = total + lost.double().sum().item(), count + len(lost)
+    finally:
+        model.train(training)
+    return total / count
 
 
 def _outcome(model: PreTrainedModel, batch: Mapping[str, Any]) -> Float[Tensor, "samples c"]:

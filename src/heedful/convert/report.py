@@ -59,6 +59,13 @@ class Report:
         """A token's, in all changed modules, before and after."""
         return self._total("multiply_adds")
 
+    def followed_by(self, later: Report) -> Report:
+        """One report of two conversions of the same modules, one after the other."""
+        after = {change.module: change.after for change in later.changes}
+        changes = tuple(Change(c.module, c.before, after.get(c.module, c.after)) for c in self.changes)
+        whole = (self.parameters[0], later.parameters[1])
+        return Report(f"{self.what}, {later.what}", changes, whole, self.context)
+
     def _total(self, name: str) -> tuple[int, int]:
         before = sum(getattr(c.before, name) for c in self.changes)
         return before, sum(getattr(c.after, name) for c in self.changes)
