@@ -78,6 +78,7 @@ class CorrespondenceVerdict:
     prediction  the label that most of the voters have; of equals the smallest
     votes       how many voters have it: the confidence
     voters      how many neighbours voted
+    top         how many cells of the automatic mask make a score
     neighbours  their places in the training set
     labels      of the neighbours
     scores      by which they are ranked
@@ -90,6 +91,7 @@ class CorrespondenceVerdict:
     prediction: int
     votes: int
     voters: int
+    top: int
     neighbours: Int[Tensor, " k"]
     labels: Int[Tensor, " k"]
     scores: Float[Tensor, " k"]
@@ -194,6 +196,7 @@ class CorrespondenceClassifier:
             prediction,
             votes,
             min(self.votes, len(near)),
+            self.top,
             *(x[order] for x in (near, self.labels[near], scores, similarity, cells, masks, automatic)),
         )
 
