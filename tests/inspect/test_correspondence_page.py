@@ -53,8 +53,8 @@ def test_the_page_holds_everything(made):
 PROBE = """
 <script>
 const data = JSON.parse(document.getElementById("data").textContent);
-const told = () => [document.getElementById("decision").textContent, document.getElementById("before").textContent,
-  document.querySelectorAll("#query .cell.on").length];
+const text = id => document.getElementById(id).textContent;
+const told = () => [text("decision"), text("before"), document.querySelectorAll("#query .cell.on").length];
 const found = { decided: MASKS.map(mask => decide(data, mask)), shown: [told()] };
 const cells = document.querySelectorAll("#query .cell");
 document.getElementById("none").click();
@@ -63,7 +63,8 @@ for (const z of [5, 6, 7]) cells[z].dispatchEvent(new MouseEvent("click"));
 cells[7].dispatchEvent(new KeyboardEvent("keydown", { key: " " }));
 found.shown.push(told());
 cells[6].dispatchEvent(new MouseEvent("mouseenter"));
-found.matches = [...document.querySelectorAll("#neighbours .match")].map(e => [e.getAttribute("y"), e.getAttribute("x")]);
+const matches = [...document.querySelectorAll("#neighbours .match")];
+found.matches = matches.map(e => [e.getAttribute("y"), e.getAttribute("x")]);
 document.getElementById("automatic").click();
 found.shown.push(told());
 const out = document.createElement("pre");
@@ -106,10 +107,8 @@ def test_the_page_decides_as_the_classifier(made, tmp_path):
     after = classifier(query, mask=own)
     name = {**{i: str(i) for i in range(4)}, **NAMES}
     opened, emptied, clicked, back = found["shown"]
-    assert (
-        opened[:2] == [name[first.prediction], f"{first.votes} of 7 votes · automatic mask"]
-        and back == opened
-    )
+    automatic = f"{first.votes} of 7 votes · automatic mask"
+    assert opened[:2] == [name[first.prediction], automatic] and back == opened
     assert emptied[0] == opened[0] and "no cell is chosen" in emptied[1] and emptied[2] == 0
     assert clicked[0] == name[after.prediction] and clicked[2] == 2
     assert clicked[1].startswith(f"{after.votes} of 7 votes")
