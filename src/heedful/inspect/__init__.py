@@ -32,6 +32,20 @@ from heedful.inspect.attention_points import (
 from heedful.inspect.attention_saliency import attention_saliency, candidate_saliency
 from heedful.inspect.attribution import Attribution
 from heedful.inspect.capture import capture
+from heedful.inspect.correspondence_classifier import (
+    CorrespondenceClassifier,
+    CorrespondenceVerdict,
+    cell_similarity,
+    cells_of_points,
+    cross_correlation_map,
+    nearest_cells,
+)
+from heedful.inspect.correspondence_page import write_correspondence_page
+from heedful.inspect.cross_attention_agreement import (
+    CrossAgreement,
+    cross_attention_agreement,
+    saliency_by_frame,
+)
 from heedful.inspect.deletion import Curve, deletion_auc, deletion_curve, insertion_curve
 from heedful.inspect.distance import (
     attention_distance,
@@ -65,6 +79,14 @@ from heedful.inspect.path_ensemble import (
     reweighted,
 )
 from heedful.inspect.pattern_embedding import PatternEmbedding, embed_patterns
+from heedful.inspect.perturbation_saliency import (
+    PerturbationSaliency,
+    SpeechSaliency,
+    perturbation_saliency,
+    segment_masks,
+    spectrogram_segments,
+    token_divergence,
+)
 from heedful.inspect.rank_correlation import kendall_tau, pearson, spearman, weighted_kendall_tau
 from heedful.inspect.receptive_field import ReceptiveField, receptive_field
 from heedful.inspect.rhythm import (
@@ -83,6 +105,12 @@ from heedful.inspect.rollout import (
     with_residual,
 )
 from heedful.inspect.saliency_words import Snippet, SnippetSearch, saliency_prompt, saliency_words
+from heedful.inspect.similarity_points import (
+    LabelledPoints,
+    discrete_to_continuous,
+    seg_token_similarity_map,
+    similarity_to_points,
+)
 from heedful.inspect.sinks import (
     find_sink_dims,
     find_sink_tokens,
@@ -92,7 +120,9 @@ from heedful.inspect.sinks import (
     sink_score,
 )
 from heedful.inspect.site import Site, Visibility
+from heedful.inspect.slic import slic
 from heedful.inspect.span_search import SpanPlan, search_spans, span_candidates
+from heedful.inspect.speech_predictor import cross_attention, speech_predictor
 from heedful.inspect.target import Target, image_target, text_target
 from heedful.inspect.vision_head_divergence import token_vhd, vision_head_divergence
 from heedful.inspect.visual_contrast import color_complexity, contrast_attention, visual_attention_entropy
@@ -117,11 +147,16 @@ __all__ = [
     "AttentionMagnets",
     "AttentionRollout",
     "Attribution",
+    "CorrespondenceClassifier",
+    "CorrespondenceVerdict",
+    "CrossAgreement",
     "Curve",
     "Findings",
     "HeadImportance",
     "HeadProfile",
+    "LabelledPoints",
     "PatternEmbedding",
+    "PerturbationSaliency",
     "PointPrompts",
     "ReceptiveField",
     "RegularizedAttentionFlow",
@@ -132,6 +167,7 @@ __all__ = [
     "Snippet",
     "SnippetSearch",
     "SpanPlan",
+    "SpeechSaliency",
     "Subject",
     "Target",
     "Visibility",
@@ -150,13 +186,19 @@ __all__ = [
     "block_influence",
     "candidate_saliency",
     "capture",
+    "cell_similarity",
+    "cells_of_points",
     "color_complexity",
     "completeness_gap",
     "content_words",
     "contrast_attention",
     "cosine_distance",
+    "cross_attention",
+    "cross_attention_agreement",
+    "cross_correlation_map",
     "deletion_auc",
     "deletion_curve",
+    "discrete_to_continuous",
     "effective_rank",
     "embed_patterns",
     "explanation_agreement",
@@ -185,11 +227,13 @@ __all__ = [
     "lrp_cnn",
     "massive_activations",
     "mean_cosine",
+    "nearest_cells",
     "norm_based_attention",
     "occlusion",
     "path_components",
     "path_distillation",
     "pearson",
+    "perturbation_saliency",
     "probability_drop",
     "profile_influence",
     "propagated_error",
@@ -201,18 +245,26 @@ __all__ = [
     "reweighted",
     "rhythm_credit",
     "rollout_responses",
+    "saliency_by_frame",
     "saliency_prompt",
     "saliency_words",
     "search_spans",
+    "seg_token_similarity_map",
+    "segment_masks",
     "signal_to_interference",
     "silenced",
+    "similarity_to_points",
     "sink_score",
+    "slic",
     "span_candidates",
     "spearman",
+    "spectrogram_segments",
+    "speech_predictor",
     "split_local_global_heads",
     "text_samples",
     "text_target",
     "token_distances",
+    "token_divergence",
     "token_vhd",
     "vision_head_divergence",
     "visual_attention_entropy",
@@ -220,6 +272,7 @@ __all__ = [
     "weighted_kendall_tau",
     "with_magnets",
     "with_residual",
+    "write_correspondence_page",
     "write_html",
 ]
 
