@@ -151,7 +151,7 @@ def _below(names: Sequence[str], left: float, step: float, y: float) -> list[str
 def signed_heat(
     table: np.ndarray, rows: Sequence[str], columns: Sequence[str], label: str, *, fixed: Sequence[bool]
 ) -> Markup:
-    """Scores by row, orange above 0 and blue below, each scaled to its row's largest; `fixed` ones are grey."""
+    """Scores by row, orange above 0, blue below, each scaled to its row's largest; `fixed` ones are grey."""
     left, top, tall, foot = 142.0, 6.0, 26.0, 62.0
     wide = float(np.clip(880 / max(1, len(columns)), 13, 62))
     most = np.abs(np.where(fixed, 0.0, table)).max(1)
@@ -189,20 +189,21 @@ def matrix(table: np.ndarray, names: Sequence[str], label: str) -> Markup:
 
 def lines(curves: Sequence[tuple[str, str, np.ndarray]], across: str, label: str) -> Markup:
     """(name, colour, values) over shares from 0 to 1, evenly; without a colour a line is dashed and grey."""
-    width, height, left, bottom, top = 400.0, 250.0, 40.0, 38.0, 10.0
+    width, height, left, right, bottom, top = 346.0, 250.0, 34.0, 22.0, 38.0, 10.0
     low = min(0.0, *(float(values.min()) for *_, values in curves))
     high = max(1.0, *(float(values.max()) for *_, values in curves))
 
     def place(share: float, x: float) -> tuple[float, float]:
-        return left + share * (width - left - 12), top + (high - x) / (high - low) * (height - top - bottom)
+        down = (high - x) / (high - low)
+        return left + share * (width - left - right), top + down * (height - top - bottom)
 
     parts = []
     for x in (0.0, 0.5, 1.0):
         _, y = place(0, x)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(left - 6, y + 3.5, f"{x:g}", "end"))
         parts.append(_text(place(x, 0)[0], height - bottom + 15, f"{100 * x:.0f} %"))
-    parts.append(_text(left + (width - left) / 2, height - 6, across))
+    parts.append(_text((left + width - right) / 2, height - 6, across))
     dots = []
     for name, colour, values in curves:
         shares = np.linspace(0, 1, len(values))

@@ -19,9 +19,9 @@ COLOURS = {
 }
 GREY = "#8a9099"
 LEAD = (
-    "Six ways to say how much each part of the input has to do with a number that the model gives. Orange "
-    "raises it, blue lowers it; each row is scaled to its own largest score. Gradient and rollout know no "
-    "sign. Parts in grey always stay."
+    "Several ways to say how much each part of the input has to do with a number that the model gives. "
+    "Orange raises it, blue lowers it; each is scaled to its own largest score. Gradient and rollout know no "
+    "sign."
 )
 
 
@@ -35,8 +35,13 @@ def body(found: Explanations) -> Markup:
 
 
 def _heading(each: Explanation) -> Markup:
-    told = f"{each.target.name}: {each.value:.3g}; {each.nothing:.3g} when all that can go is gone"
-    return Markup("<h3>{}</h3><p class='note'>Explained is {}.</p>").format(each.sample.title, told)
+    what = "any patch" if each.sample.grid else "any but the grey tokens, which always stay"
+    note = Markup(
+        "<p class='note'>Explained is {}: {:.3g} for this input, {:.3g} without {}. Integrated gradients "
+        "share out {:.0f} % of the difference.</p>"
+    )
+    told = note.format(each.target.name, each.value, each.nothing, what, 100 * (1 + each.gap))
+    return Markup("<h3>{}</h3>").format(each.sample.title) + told
 
 
 def _text(each: Explanation) -> Markup:
@@ -84,7 +89,8 @@ def _foretold(found: Explanations) -> Markup:
     for name, *own in areas:
         rows += Markup("<tr><td><i style='background:{}'></i>{}</td>").format(COLOURS.get(name, GREY), name)
         for x, top in zip(own, best, strict=True):
-            rows += Markup("<td><b>{:.2f}</b></td>" if x == top else "<td>{:.2f}</td>").format(x)
+            cell = Markup("<td><b>{:.2f}</b></td>" if round(x, 2) == round(top, 2) else "<td>{:.2f}</td>")
+            rows += cell.format(x)
         rows += Markup("</tr>")
     shown = []
     for which, across in (("deletion", "taken away, highest first"), ("insertion", "put in, highest first")):

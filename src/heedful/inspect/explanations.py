@@ -22,10 +22,10 @@ from heedful.inspect.sample import Sample, Subject
 from heedful.inspect.target import Target
 from heedful.inspect.views import View
 
-SAMPLES = 3  # that are explained
+TEXTS, IMAGES = 3, 1  # that are explained
 TOKENS = 128  # of a text that is explained, at most
-PATCHES = 256  # of an image, at most; finer ones are joined
-RANDOM = 4  # orders by chance to compare with
+PATCHES = 196  # of an image, at most; finer ones are joined
+RANDOM = 3  # orders by chance to compare with
 STEPS = 10  # of the curves
 
 
@@ -121,7 +121,7 @@ def explain(
     for sample in subject.samples:
         if sample.grid is None and len(sample) > TOKENS:
             missing.append(f"“{sample.title}” has {len(sample)} tokens; at most {TOKENS} are explained.")
-        elif len(chosen) < SAMPLES:
+        elif len(chosen) < (TEXTS if sample.grid is None else IMAGES):
             chosen.append(sample)
     found: list[Explanation] = []
     for done, sample in enumerate(chosen, start=1):
