@@ -35,8 +35,10 @@ PLAIN = {"dim": 48, "patch": 8}
 PYRAMID = {"dims": DIMS, "heads": (1, 2, 3, 4)}
 TINY: dict[str, dict[str, Any]] = {
     "a2mamba-backbone": {"dims": DIMS, "heads": (2, 2, 2, 4), "projection": 96},
+    "agent-cswin-backbone": {**PYRAMID, "heads": (2, 2, 4, 4)},
     "agent-deit-backbone": PLAIN,
     "agent-pvt-backbone": PYRAMID,
+    "agent-swin-backbone": PYRAMID,
     "biformer-backbone": {"dims": DIMS, "head_dim": 8},
     "davit-backbone": PYRAMID,
     "dhvt-backbone": {**PLAIN, "heads": 4},
@@ -46,8 +48,10 @@ TINY: dict[str, dict[str, Any]] = {
     "focalnet-backbone": {"dims": DIMS},
     "gcvit-backbone": {"dim": 16, "heads": (1, 2, 4, 8)},
     "halonet-backbone": {"dims": DIMS, "final": 96},
+    "inline-cswin-backbone": {**PYRAMID, "heads": (2, 2, 4, 4)},
     "inline-deit-backbone": {**PLAIN, "depth": 3},
     "inline-pvt-backbone": PYRAMID,
+    "inline-swin-backbone": PYRAMID,
     "l2vit-backbone": PYRAMID,
     "mala-backbone": {**PYRAMID, "projection": 96},
     "mambaout-backbone": {"dims": DIMS},

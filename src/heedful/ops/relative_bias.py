@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,7 @@ def relative_bias(table: Float[Tensor, "rows h"], shape: Sequence[int]) -> Float
     ValueError if the table has another number of rows. Source: Swin Transformer, arXiv 2103.14030.
     """
     index = relative_index(shape).to(table.device)
-    rows = int(torch.tensor([2 * side - 1 for side in shape]).prod())
+    rows = math.prod(2 * side - 1 for side in shape)
     if table.shape[0] != rows:
         raise ValueError(f"table has {table.shape[0]} rows, must have {rows} for a window {tuple(shape)}")
     return table[index].permute(2, 0, 1)

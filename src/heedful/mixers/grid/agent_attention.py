@@ -356,9 +356,12 @@ class AgentAttentionCSwin(Mixer):
 
 
 def in_stripes(
-    core: AgentCore, qkv: Float[Tensor, "3 b c height width"], *, stripe: int, axis: int
+    core: nn.Module, qkv: Float[Tensor, "3 b c height width"], *, stripe: int, axis: int
 ) -> Float[Tensor, "b c height width"]:
-    """Agent attention within stripes of a map, which is cut every `stripe` tokens along an axis, -1 or -2."""
+    """A core within stripes of a map, which is cut every `stripe` tokens along an axis, -1 or -2.
+
+    core: called as `AgentCore`, with tokens q, k, v and their `size`.
+    """
     side = qkv.shape[axis]
     outs: list[Tensor] = []
     for part in qkv.split([side - side % stripe, side % stripe], dim=axis):  # whole stripes and the rest

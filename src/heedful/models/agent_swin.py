@@ -1,0 +1,94 @@
+"""Agent-Swin: Swin with agent attention of the whole map in its first blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from heedful.mixers.grid.agent_attention import AgentAttention
+from heedful.models.swin import ShiftedWindowAttention, Swin
+from heedful.registry import register
+
+CONFIGS = {
+    "agent_swin_tiny": {"parameters": 28_902_964, "flops": "4.5G", "arguments": {}},
+    "agent_swin_small": {
+        "parameters": 49_666_684,
+        "flops": "8.7G",
+        "arguments": {"depths": (2, 2, 18, 2), "agent_layers": (2, 2, 0, 0)},
+    },
+    "agent_swin_base": {
+        "parameters": 88_095_096,
+        "flops": "15.4G",
+        "arguments": {
+            "depths": (2, 2, 18, 2),
+            "dims": (128, 256, 512, 1024),
+            "heads": (4, 8, 16, 32),
+            "agent_layers": (2, 2, 2, 0),
+        },
+    },
+}
+
+
+@register("agent-swin-backbone", kind="model", paper="agent-attention", tags=("image", "linear", "landmarks"))
+class AgentSwin(Swin):
+    """Image backbone of four stages: agent attention in the first blocks, shifted windows in the others.
+
+    classes, in_channels, features_only  see `Backbone`
+    depths, dims, image_size, mlp_ratio, drop_path  see `Swin`
+    heads         of each stage
+    agents        of each head in each stage, squares
+    agent_layers  blocks of each stage with agent attention, which come first
+    window        side of the windows of the others in tokens; every second of these is shifted by half
+
+    Source: Agent Attention, arXiv 2312.08874.
+    """
+
+    example: ClassVar[dict[str, Any]] = {
+        "classes": 10,
+        "depths": (1, 1, 3, 1),
+        "dims": (8, 8, 16, 16),
+        "heads": (1, 1, 2, 2),
+        "agents": (4, 4, 4, 4),
+        "agent_layers": (1, 1, 1, 0),
+        "window": 3,
+        "image_size": 64,
+    }
+
+    def __init__(
+        self,
+        *,
+        classes: int = 1000,
+        in_channels: int = 3,
+        features_only: bool = False,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        agents: Sequence[int] = (9, 16, 49, 49),
+        agent_layers: Sequence[int] = (2, 2, 6, 0),
+        window: int = 7,
+        image_size: int = 224,
+        mlp_ratio: float = 4,
+        drop_path: float = 0.0,
+    ) -> None:
+        def mixer(stage: int, layer: int, side: int) -> nn.Module:
+            if layer < agent_layers[stage]:
+                return AgentAttention(
+                    dims[stage], heads=heads[stage], agents=agents[stage], size=(side, side)
+                )
+            return ShiftedWindowAttention(
+                dims[stage], heads=heads[stage], window=min(window, side), shifted=layer % 2 == 1
+            )
+
+        super().__init__(
+            mixer,
+            classes=classes,
+            in_channels=in_channels,
+            features_only=features_only,
+            depths=depths,
+            dims=dims,
+            image_size=image_size,
+            mlp_ratio=mlp_ratio,
+            drop_path=drop_path,
+        )
