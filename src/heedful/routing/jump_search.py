@@ -9,7 +9,7 @@ from torch import Tensor
 from heedful.checks import check_positive
 from heedful.registry import register
 
-_CHUNK = 1 << 16  # products held at a time
+_CHUNK = 1 << 18  # products held at a time
 
 
 def jump_distances(length: int, *, window_index: int = 0, power: int = 2) -> list[int]:
@@ -83,15 +83,18 @@ def _best(query: Tensor, key: Tensor, distances: list[int], start: int, spans: i
     """Stripe numbers (b, h, n, spans), best first, -1 for none, of queries at start, start + 1, ..."""
     n = query.shape[3]
     stripes = sum(reach < start + n for reach in distances)
-    scores = query.new_full((*query.shape[:4], max(stripes, spans)), -torch.inf)
+    scores = query.new_full((max(stripes, spans), *query.shape[:4]), -torch.inf)
     for s, reach in enumerate(distances[:stripes]):
         skip = max(0, reach - start)  # queries that stand before this distance
         keys = key[:, :, None, start + skip - reach : start + n - reach]
-        scores[..., skip:, s] = (query[:, :, :, skip:] * keys).sum(-1)
-    # Of equal scores the nearest is taken.
-    value, stripe = scores.sort(dim=-1, descending=True, stable=True)
-    stripe = stripe[..., :spans].masked_fill(value[..., :spans] == -torch.inf, -1)
-    return stripe.flatten(1, 2)
+        torch.sum(query[:, :, :, skip:] * keys, -1, out=scores[s, ..., skip:])
+    # Of equal scores `max` takes the first, which is the nearest.
+    picked = []
+    for _ in range(spans):
+        value, stripe = scores.max(dim=0)
+        picked.append(stripe.masked_fill(value == -torch.inf, -1))
+        scores.scatter_(0, stripe[None], -torch.inf)
+    return torch.stack(picked, dim=-1).flatten(1, 2)
 
 
 def jump_spans(

@@ -69,7 +69,7 @@ def superlinear_attention(
         query.repeat_interleave(spans, dim=2),
         key,
         value,
-        pattern=span_groups(first.flatten(2), last.flatten(2), m),
+        pattern=span_groups(first.flatten(2), last.flatten(2), m, tile=64, rows=128),
         dropout_p=dropout_p,
         return_lse=window_index > 0,
     )

@@ -136,8 +136,8 @@ class _Chunk:
         self.seen = seen
         total: Tensor | None = None
         if seen is not None:
-            shown, hidden = torch.tensor([0.0, -torch.inf], dtype=dtype, device=seen.device)
-            total = torch.where(seen, shown, hidden)
+            # 1 - 1 / seen is 0 or -inf; on a CPU torch.where takes ten times as long.
+            total = seen.view(torch.uint8).to(dtype).reciprocal_().neg_().add_(1)
         if extra is not None:
             part = extra[:, self.first : self.last].to(dtype)
             total = part if total is None else total + part
@@ -147,8 +147,10 @@ class _Chunk:
         """The rows that see nothing; None if there is none."""
         if self.extra:
             return tile.blind_rows(self.additive)
-        blind = None if self.seen is None else ~self.seen.any(-1)
-        if blind is None or not bool(blind.any()):
+        if self.seen is None:
+            return None
+        blind = self.seen.view(torch.uint8).amax(-1) == 0  # any(-1), but faster
+        if not bool(blind.any()):
             return None
         return blind.expand(-1, -1, self.query.shape[2])
 
