@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from heedful import authors
-from heedful.mixers.heads.p_adapter import PAdapterAttention, PLaplacianAdapter
+from heedful.mixers.heads.p_adapter import FFNAdapter, PAdapterAttention, PLaplacianAdapter
 from heedful.ops.p_laplacian import p_laplacian
 
 E = 1e-8
@@ -175,6 +175,18 @@ def test_a_block_of_the_released_decoder_loads():
     other = authors.load(PAdapterAttention(12, heads=3, reduction=2, samples=4).double().eval(), theirs)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     torch.testing.assert_close(other(x), mixer(x))
+
+
+def test_the_adapter_beside_the_net():
+    adapter = FFNAdapter(12, reduction=3).double()
+    names = {"0.weight": "down.weight", "0.bias": "down.bias", "2.weight": "up.weight", "2.bias": "up.bias"}
+    theirs = {a: torch.randn_like(adapter.state_dict()[b]) for a, b in names.items()}
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    inner = (x @ theirs["0.weight"].T + theirs["0.bias"]).relu()
+    expected = x + inner @ theirs["2.weight"].T + theirs["2.bias"]
+    torch.testing.assert_close(authors.load(adapter, theirs)(x), expected)
+    with pytest.raises(ValueError, match="reduction is 5, must divide dim, which is 12"):
+        FFNAdapter(12, reduction=5)
 
 
 @pytest.mark.door

@@ -1,4 +1,5 @@
-"""p-adapter: wuhy68/p-Adapter, one attention block of its text decoder, or what follows the heads in it."""
+"""p-adapter: wuhy68/p-Adapter, one attention block of its text decoder, what follows the heads in it, or the
+`text_ffn_adapter` beside a feed-forward net."""
 
 from heedful.authors.table import Table
 
@@ -13,6 +14,7 @@ _OUTPUT = (
 )
 
 TABLES = {
+    "FFNAdapter": Table(rename=((r"0\.(.*)", r"down.\1"), (r"2\.(.*)", r"up.\1"))),
     "AdaptedOutput": Table(rename=_OUTPUT),
     "PAdapterAttention": Table(
         rename=(

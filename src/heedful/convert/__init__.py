@@ -23,6 +23,7 @@ _FILES = {
     "Change": "report",
     "Cost": "report",
     "Report": "report",
+    "add_p_adapters": "adapters",
     "HeadGroups": "dha",
     "distillation_loss": "distill",
     "frozen_lm_block": "lm_block",

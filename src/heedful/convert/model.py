@@ -13,6 +13,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from heedful.checks import check_positive
+from heedful.convert.adapters import KEY as ADAPTERS
+from heedful.convert.adapters import insert
 from heedful.convert.attention import ConvertedAttention
 from heedful.convert.paths import KEY as PATHS
 from heedful.convert.paths import cut_off
@@ -96,6 +98,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
                 if str(site.layer) in specs:
                     spec = dict(specs[str(site.layer)])
                     put(self, site, kinds[spec.pop("kind")](site, **spec))
+            if numbers := getattr(config, ADAPTERS, None):
+                insert(self, numbers)
 
     Converted.__name__ = plain.__name__  # by which transformers finds what belongs to a class
     model = Converted.from_pretrained(path, **kwargs)

@@ -86,6 +86,30 @@ class PLaplacianAdapter(nn.Module):
         return x + self.up(F.gelu(self.gate(x)) * rearrange(messages, "b h n r -> b n (h r)"))
 
 
+class FFNAdapter(nn.Module):
+    """The bottleneck beside a feed-forward net: r + W_2 relu(W_1 r), which takes the residual's place.
+
+    dim        channels; reduction: dim / reduction of them in the bottleneck
+    In a post-norm layer: LN(FFN(r) + adapter(r)). Source: p-Laplacian adaptation, arXiv 2312.10613.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        reduction: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_divides("reduction", reduction, "dim", dim)
+        self.down = nn.Linear(dim, dim // reduction, device=device, dtype=dtype)
+        self.up = nn.Linear(dim // reduction, dim, device=device, dtype=dtype)
+
+    def forward(self, r: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return r + self.up(F.relu(self.down(r)))
+
+
 class AdaptedOutput(nn.Module):
     """What follows the heads in a post-norm block: W_out, the adapter, the residual, a layer norm."""
 
@@ -215,29 +239,56 @@ class PAdapterAttention(Mixer):
     ) -> Float[Tensor, "b n c"] | tuple[Float[Tensor, "b n c"], PAdapterState]:
         self._door(x, context, mask, context_mask, positions, state)
         source, seen = (x, mask) if context is None else (context, context_mask)
-        query, value = self.query(x), self.value(source)
         q, k, v = (
-            rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (query, self.key(source), value)
+            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+            for y in (self.query(x), self.key(source), self.value(source))
         )
-        # The graph: tokens with themselves, or tokens on one side and places of the context on the other.
-        if context is None:
-            query_nodes = key_nodes = self.output.nodes(value)
-        else:
-            hidden = value if seen is None else value.masked_fill(~seen[..., None], 0.0)
-            query_nodes, key_nodes = self.output.nodes(query), self.output.nodes(self._pooled(hidden.mT).mT)
+        nodes = None
         if state is not None:
+            nodes = self.output.nodes(_joined(v))
+            if state.nodes is not None:
+                nodes = torch.cat([state.nodes, nodes], dim=2)
             kept = state.append(k, v, mask)
             assert kept.key is not None
             assert kept.value is not None
             k, v, seen = kept.key, kept.value, kept.mask
-            if state.nodes is not None:
-                key_nodes = torch.cat([state.nodes, key_nodes], dim=2)
-            state = PAdapterState(kept.length, k, v, seen, key_nodes)
-        weights = _probabilities(q, k, seen, causal=self.causal and context is None)
-        attended = rearrange(self.dropout(weights).to(v.dtype) @ v, "b h n d -> b n (h d)")
-        edges = weights if context is None else self._pooled(weights.flatten(1, 2)).unflatten(1, q.shape[1:3])
-        y = self.output(attended, x, edges, query_nodes, key_nodes, own=context is None)
+            state = PAdapterState(kept.length, k, v, seen, nodes)
+        visible = None if seen is None else seen[:, None, None]
+        if self.causal and context is None:
+            before = Causal().mask(q.shape[2], k.shape[2], device=x.device)
+            visible = before if visible is None else before & visible
+        y = self.attend(x, q, k, v, visible, own=context is None, nodes=nodes)
         return y if state is None else (y, state)
+
+    def attend(
+        self,
+        x: Float[Tensor, "b n c"],
+        query: Float[Tensor, "b h n d"],
+        key: Float[Tensor, "b h m d"],
+        value: Float[Tensor, "b h m d"],
+        visible: Bool[Tensor, "#b #h #n m"] | None = None,
+        *,
+        own: bool,
+        nodes: Float[Tensor, "b h m r"] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """The block from its heads on; x is the residual.
+
+        own    the queries are the last of the keys, and the graph is theirs; else the keys are a context
+        nodes  with `own`, those of the values, where they are known
+        """
+        weights = _probabilities(query, key, visible)
+        attended = _joined(self.dropout(weights).to(value.dtype) @ value)
+        # The graph: tokens with themselves, or tokens on one side and places of the context on the other.
+        if own:
+            key_nodes = self.output.nodes(_joined(value)) if nodes is None else nodes
+            query_nodes = key_nodes[:, :, key_nodes.shape[2] - query.shape[2] :]
+        else:
+            if visible is not None:
+                value = value.masked_fill(~visible[:, :, -1, :, None], 0.0)
+            query_nodes = self.output.nodes(_joined(query))
+            key_nodes = self.output.nodes(self._pooled(_joined(value).mT).mT)
+            weights = self._pooled(weights.flatten(1, 2)).unflatten(1, query.shape[1:3])
+        return self.output(attended, x, weights, query_nodes, key_nodes, own=own)
 
     def _pooled(self, x: Float[Tensor, "b r m"]) -> Float[Tensor, "b r places"]:
         """Means over `samples` stretches of the last axis; nothing of nothing."""
@@ -267,17 +318,15 @@ class PAdapterAttention(Mixer):
             raise ValueError("state is given, must be None with a context: a state is of self-attention")
 
 
-def _probabilities(
-    query: Tensor, key: Tensor, seen: Tensor | None, *, causal: bool
-) -> Float[Tensor, "b h n m"]:
+def _joined(heads: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
+    return rearrange(heads, "b h n d -> b n (h d)")
+
+
+def _probabilities(query: Tensor, key: Tensor, visible: Tensor | None) -> Float[Tensor, "b h n m"]:
     """The attention weights, which the adapter needs as a table; rows that see nothing are zeros."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     logits = query.to(dtype) @ key.to(dtype).mT * query.shape[-1] ** -0.5
-    n, m = logits.shape[-2:]
-    visible = torch.ones(1, 1, n, m, dtype=torch.bool, device=query.device)
-    if causal:
-        visible = Causal().mask(n, m, device=query.device)
-    if seen is not None:
-        visible = visible & seen[:, None, None]
+    if visible is None:
+        return logits.softmax(-1)
     lowest = torch.finfo(logits.dtype).min  # autocast may have made it a half
     return logits.masked_fill(~visible, lowest).softmax(-1).masked_fill(~visible, 0.0)
