@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from heedful.ops.rotary import rotary_angles, rotate
+from heedful.ops.rotary import Yarn, rotary_angles, rotate
 
 
 def complex_rotation(x, positions, base=10000.0):
@@ -116,3 +118,19 @@ def test_door():
         rotate(torch.zeros(1, 1, 3, 6), torch.zeros(3, 4))
     with pytest.raises(ValueError, match="pairing is 'both'"):
         rotate(torch.zeros(1, 1, 3, 6), torch.zeros(3, 3), pairing="both")
+
+
+def test_yarn():
+    """Pairs with many turns in the original length keep theirs, those with few are stretched in full."""
+    yarn = Yarn(4.0, original_length=64, beta_fast=4)
+    # 64 / (2 pi 50^(2 j / 8)) turns of pair j: 4 at j = 0.96, 1 at j = 2.37
+    torch.testing.assert_close(
+        yarn.slowing(8, 50.0), torch.tensor([1, 0.75, 0.5, 0.25], dtype=torch.float64), rtol=0, atol=1e-12
+    )
+    assert torch.equal(Yarn(1.0).slowing(8, 50.0), torch.ones(4, dtype=torch.float64))
+    assert Yarn(4.0).length == pytest.approx(0.1 * math.log(4) + 1) and Yarn(4.0).logit_factor == 1
+    deepseek = Yarn(40.0, mscale=0.707, mscale_all_dim=0.707)
+    assert deepseek.length == 1
+    assert deepseek.logit_factor == pytest.approx((0.0707 * math.log(40) + 1) ** 2)
+    with pytest.raises(ValueError, match=r"factor is 0\.5, must be at least 1"):
+        Yarn(0.5)

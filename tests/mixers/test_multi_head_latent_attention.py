@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import heedful
+from heedful import authors
 from heedful.convert.mla_init import mla_from_attention, truncated_svd
 from heedful.mixers.heads.multi_head_latent_attention import MultiHeadLatentAttention
 from heedful.mixers.heads.self_attention import SelfAttention
+from heedful.ops.rotary import Yarn
 
 SIZES = {"heads": 3, "query_rank": 7, "kv_rank": 6, "nope_dim": 3, "rope_dim": 4, "value_dim": 5}
 
@@ -91,6 +93,48 @@ def test_absorbed_equals_expanded(rope_dim):
         torch.autograd.grad((ours * weight).sum(), mixer.kv_up.weight, retain_graph=True),
         torch.autograd.grad((expected * weight).sum(), mixer.kv_up.weight),
     )
+
+
+@pytest.mark.parametrize(("mscale", "all_dim"), [(1.0, 0.707), (1.0, 0.0)])
+def test_yarn_equals_deepseek_in_transformers(mscale, all_dim):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
+
+    torch.manual_seed(0)
+    scaling = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 8.0, "beta_fast": 4, "beta_slow": 1}
+    scaling |= {"original_max_position_embeddings": 64, "mscale": mscale, "mscale_all_dim": all_dim}
+    config = transformers.DeepseekV3Config(
+        hidden_size=10,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        q_lora_rank=7,
+        kv_lora_rank=6,
+        qk_nope_head_dim=3,
+        qk_rope_head_dim=8,
+        v_head_dim=5,
+        max_position_embeddings=512,
+        rope_parameters=scaling,
+        attn_implementation="eager",
+    )
+    layer = theirs.DeepseekV3Attention(config, 0).double().eval()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x = torch.randn(2, 30, 10, dtype=torch.float64)
+    angles = theirs.DeepseekV3RotaryEmbedding(config)(x, torch.arange(30)[None])
+    hidden = torch.full((30, 30), -torch.inf, dtype=x.dtype).triu(1)[None, None]
+    expected, _ = layer(x, angles, hidden)
+    yarn = Yarn(8.0, original_length=64, beta_fast=4, mscale=mscale, mscale_all_dim=all_dim)
+    assert (yarn.slowing(8, 50.0).diff() < -0.1).all()  # some pairs are neither kept nor stretched in full
+    mixer = make(rope_dim=8, rotary_base=50.0, yarn=yarn)
+    authors.load(mixer, layer.state_dict())
+    # transformers' angles are float32
+    torch.testing.assert_close(mixer(x), expected, rtol=1e-5, atol=1e-5)
+    plain = make(rope_dim=8, rotary_base=50.0)
+    authors.load(plain, layer.state_dict())
+    assert not torch.allclose(plain(x), expected, atol=1e-2)
+    state = mixer.init_state(2)
+    first, state = mixer(x[:, :20], state=state)
+    torch.testing.assert_close(torch.cat([first, mixer(x[:, 20:], state=state)[0]], 1), mixer(x))
 
 
 def test_decoding_keeps_latents_and_rotary_keys():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -44,6 +47,59 @@ def rotary_angles(
     exponent = torch.arange(0, width, 2, device=positions.device, dtype=dtype) / width
     angles = positions.to(dtype)[..., None] * base**-exponent
     return angles if axes == 1 else angles.flatten(-2)
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN: rotary positions stretched for texts `factor` times as long as those of the training.
+
+        pair j turns f_j times as fast,  f_j = 1 - r_j (1 - 1 / factor)
+        r_j rises in a line from 0 at the pair with `beta_fast` turns in `original_length` to 1 at `beta_slow`
+
+    factor           of the lengths, at least 1
+    original_length  tokens of the training
+    mscale           cos and sin are multiplied by m(mscale) / m(mscale_all_dim), m(s) = 0.1 s ln(factor) + 1
+    mscale_all_dim   logits are multiplied by m(mscale_all_dim)^2
+
+    Raises ValueError for a factor below 1. Source: YaRN, arXiv 2309.00071; the two scales are DeepSeek's.
+    """
+
+    factor: float
+    original_length: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ValueError(f"factor is {self.factor}, must be at least 1")
+        check_positive("original_length", self.original_length)
+
+    def slowing(self, dim: int, base: float) -> Float[Tensor, " pairs"]:
+        """f, by which the angles of `rotary_angles` are multiplied."""
+
+        def pair(turns: float) -> float:
+            return dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        first = max(math.floor(pair(self.beta_fast)), 0)
+        last = min(math.ceil(pair(self.beta_slow)), dim - 1)
+        width = last - first or 0.001
+        ramp = ((torch.arange(dim // 2, dtype=torch.float64) - first) / width).clamp(0, 1)
+        return 1 - ramp * (1 - 1 / self.factor)
+
+    @property
+    def length(self) -> float:
+        """What cos and sin are multiplied by."""
+        return self._m(self.mscale) / self._m(self.mscale_all_dim)
+
+    @property
+    def logit_factor(self) -> float:
+        """What logits are multiplied by beside."""
+        return self._m(self.mscale_all_dim) ** 2
+
+    def _m(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1
 
 
 def rotate(

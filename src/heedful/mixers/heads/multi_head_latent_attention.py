@@ -15,7 +15,7 @@ from heedful.mixers.heads.self_attention import next_angles
 from heedful.mixers.mixer import Mixer
 from heedful.mixers.state import State
 from heedful.ops.attention import attention
-from heedful.ops.rotary import rotate
+from heedful.ops.rotary import Yarn, rotate
 from heedful.patterns.causal import Causal
 from heedful.registry import register
 
@@ -70,6 +70,7 @@ class MultiHeadLatentAttention(Mixer):
     value_dim    channels of a head's values
     latent_norm  RMS normalisation of both latents, eps 1e-6; False: none, as a converted model has it
     rotary_base  of the rotary embedding
+    yarn         `heedful.ops.rotary.Yarn` for texts longer than those of the training; None: none
     causal       a token sees itself and what came before; needed to decode
     dropout      share of the attention weights dropped in training
 
@@ -102,6 +103,7 @@ class MultiHeadLatentAttention(Mixer):
         value_dim: int = 128,
         latent_norm: bool = True,
         rotary_base: float = 10000.0,
+        yarn: Yarn | None = None,
         causal: bool = True,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -118,7 +120,8 @@ class MultiHeadLatentAttention(Mixer):
         self.heads, self.kv_rank = heads, kv_rank
         self.nope_dim, self.rope_dim, self.value_dim = nope_dim, rope_dim, value_dim
         self.rotary_base, self.causal, self.dropout = rotary_base, causal, dropout
-        self.scale = (nope_dim + rope_dim) ** -0.5
+        self.yarn = yarn
+        self.scale = (nope_dim + rope_dim) ** -0.5 * (1 if yarn is None else yarn.logit_factor)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         query_dim = heads * (nope_dim + rope_dim)
         self.query_norm = self.kv_norm = None
@@ -189,9 +192,13 @@ class MultiHeadLatentAttention(Mixer):
         # 3. Rotary embedding of the last d_r channels.
         if self.rope_dim:
             angles = next_angles(x, self.rope_dim, positions, state, base=self.rotary_base)
+            if self.yarn is not None:
+                angles = angles * self.yarn.slowing(self.rope_dim, self.rotary_base).to(angles)
+            length = 1.0 if self.yarn is None else self.yarn.length
+            turn = (length * angles.cos(), length * angles.sin())
             plain, turned = query.split([self.nope_dim, self.rope_dim], dim=-1)
-            query = torch.cat([plain, rotate(turned, angles, pairing="interleaved")], dim=-1)
-            key = rotate(key[:, None], angles, pairing="interleaved")[:, 0]
+            query = torch.cat([plain, rotate(turned, turn, pairing="interleaved")], dim=-1)
+            key = rotate(key[:, None], turn, pairing="interleaved")[:, 0]
         return query, torch.cat([latent, key], dim=-1)
 
     def keys_values(
