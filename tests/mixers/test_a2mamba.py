@@ -15,7 +15,9 @@ from heedful.mixers.scan.a2mamba import (
     MultiScaleAttentionAugmentedSSM,
 )
 from heedful.mixers.scan.selective_ssm import SelectiveSSM
+from heedful.models.count import multiply_adds
 from heedful.ops.attention import attention
+from heedful.ops.counting import counted
 from heedful.ops.neighborhood import NeighborhoodMap
 from heedful.patterns.neighborhood import Neighborhood
 
@@ -183,13 +185,40 @@ def test_uniform_weights_and_no_mixing_of_heads_filter_the_states_by_a_box():
     assert_close(y[..., 1:-1, 1:-1], box * read[:, 0].view(1, 1, 5, 6)[..., 1:-1, 1:-1])
 
 
-@pytest.mark.parametrize(("window", "dilation"), [((3, 5), (1, 1)), ((3, 2), (2, 3))])
-def test_neighborhood_with_weights_equals_attention_with_the_pattern(window, dilation):
-    size = (7, 8)
+@pytest.mark.parametrize(
+    ("size", "window", "dilation"),
+    [
+        ((7, 8), (3, 5), (1, 1)),
+        ((7, 8), (3, 2), (2, 3)),
+        ((13, 9), (3, 3), (1, 3)),  # several tiles an axis, the last ones cut
+        ((15, 7), (4, 7), (2, 1)),
+    ],
+)
+def test_neighborhood_with_weights_equals_attention_with_the_pattern(size, window, dilation):
     near = NeighborhoodMap(size, window, dilation)
-    q, k, v = (torch.randn(2, 3, 56, 4, dtype=torch.float64) for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 3, size[0] * size[1], 4, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
     y = near.average((near.logits(q, k) / 2).softmax(-1), v)
-    assert_close(y, attention(q, k, v, pattern=Neighborhood(size, window, 1, dilation)))
+    want = attention(q, k, v, pattern=Neighborhood(size, window, 1, dilation))
+    assert_close(y, want)
+    g = torch.randn_like(y)
+    assert_close(torch.autograd.grad(y, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g))
+
+
+def test_neighborhoods_are_counted_as_their_formulas_say():
+    """n k d for the logits and as many for the average, though tiles compute more."""
+    near = NeighborhoodMap((12, 12), (3, 3))
+
+    class Both(torch.nn.Module):
+        def forward(self, x):
+            return near.average(near.logits(x, x), x)
+
+    x = torch.randn(1, 1, 144, 8, dtype=torch.float64)
+    assert multiply_adds(Both(), x) == 2 * 144 * 9 * 8
+    with counted():
+        want = near.average(near.logits(x, x), x)
+    assert_close(Both()(x), want)
 
 
 def test_the_authors_names():

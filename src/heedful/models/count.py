@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from heedful.ops.counting import counted
+
 
 def parameters(model: nn.Module) -> int:
     """The number of parameters."""
@@ -29,7 +31,7 @@ def multiply_adds(model: nn.Module, *inputs: Any, **named: Any) -> int:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), counted(), counter:
             model(*inputs, **named)
     finally:
         model.train(training)
