@@ -9,6 +9,7 @@ import torch
 
 from heedful.bench.heads import DESIGNS, HEADER, Row, build, cache, markdown, multiply_adds
 from heedful.models.count import parameters
+from heedful.registry import index
 
 PAGE = Path(__file__).parent.parent / "docs" / "heads.md"
 BY_LABEL = {design.label: design for design in DESIGNS}
@@ -25,6 +26,11 @@ def test_page_tells_what_is_measured(design):
     *shown_columns, _, shown_parameters, _ = shown.split("|")
     *columns, _, parameter_column, _ = measured.split("|")
     assert (shown_columns, shown_parameters) == (columns, parameter_column)
+
+
+def test_every_head_design_that_decodes_is_shown():
+    wanted = {e.name for e in index().values() if e.module.startswith("heedful.mixers.heads.") and e.decode}
+    assert wanted <= {design.name for design in DESIGNS}
 
 
 def test_page_has_the_header():

@@ -81,6 +81,14 @@ DESIGNS = (
         {},
         "2 * topk * head_dim + topk",  # the names of the heads are whole numbers of two bytes
     ),
+    Design(
+        "with a p-Laplacian adapter, 64 wide",
+        "p-adapter",
+        {"causal": True},
+        "2 * dim + dim // reduction",
+    ),
+    Design("composite, a whole layer, a token of text", "ee-mllm", {"kv_heads": 2}),
+    Design("modality experts, a whole layer, a token of text", "mono-internvl", {"kv_heads": 2}),
     Design("experts of an MLP, 2 of 4 a token, hidden 2048", "union-mlp", {}, "0"),
     Design("one head a token and an expander, hidden 2048", "shrp", {}, None),
     Design("Gaussian weights of features", "gaam", {}, None),

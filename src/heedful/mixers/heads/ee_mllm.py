@@ -9,20 +9,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from heedful.checks import (
-    check_choice,
-    check_divides,
-    check_mask,
-    check_no_context,
-    check_positions,
-    check_positive,
-    check_tokens,
-)
+from heedful.checks import check_choice
+from heedful.mixers.heads.self_attention import next_angles
 from heedful.mixers.heads.swiglu import SwiGLU
-from heedful.mixers.mixer import Mixer
+from heedful.mixers.heads.visual_layer import VisualLayer
 from heedful.mixers.state import KVState
 from heedful.ops.attention import attention
-from heedful.ops.rotary import rotary_angles, rotate
+from heedful.ops.rotary import rotate
 from heedful.patterns.causal import Causal
 from heedful.registry import register
 from heedful.selection import TokenGroups
@@ -42,7 +35,7 @@ _GROUP = 128  # text queries computed together
     extra_inputs=("visual",),
     complexity="O(T N C), T text tokens of N",
 )
-class CompositeAttentionLayer(Mixer):
+class CompositeAttentionLayer(VisualLayer):
     """A decoder layer that text tokens pass as ever, and visual tokens without attention.
 
         text:    h = x + W_o softmax(q k^T / sqrt(d)) v  over the tokens up to itself,  y = h + FFN(RMS(h))
@@ -81,36 +74,16 @@ class CompositeAttentionLayer(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim)
-        kv_heads = heads if kv_heads is None else kv_heads
-        check_divides("heads", heads, "dim", dim)
-        check_divides("kv_heads", kv_heads, "heads", heads)
-        hidden = 4 * dim if hidden is None else hidden
-        check_positive("hidden", hidden)
-        check_choice("aligner", aligner, ALIGNERS)
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
-        if self.head_dim % 2:
-            raise ValueError(f"heads is {heads}, must leave an even number of channels a head, of {dim}")
-        self.aligner, self.rotary_base = aligner, rotary_base
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, heads=heads, kv_heads=kv_heads, hidden=hidden, norm_eps=norm_eps, **factory)
+        check_choice("aligner", aligner, ALIGNERS)
+        self.aligner, self.rotary_base = aligner, rotary_base
+        kv_dim = self.kv_heads * self.head_dim
         self.query = nn.Linear(dim, dim, bias=False, **factory)
-        self.key = nn.Linear(dim, kv_heads * self.head_dim, bias=False, **factory)
-        self.value = nn.Linear(dim, kv_heads * self.head_dim, bias=False, **factory)
+        self.key = nn.Linear(dim, kv_dim, bias=False, **factory)
+        self.value = nn.Linear(dim, kv_dim, bias=False, **factory)
         self.out = nn.Linear(dim, dim, bias=False, **factory)
-        self.ffn = SwiGLU(dim, hidden=hidden, **factory)
-        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps, **factory)
-        self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps, **factory)
-
-    def init_state(self, batch: int) -> KVState:
-        """The state before the first token of `batch` sequences."""
-        return KVState()
-
-    def example_inputs(self, **how: Any) -> dict[str, Tensor]:
-        """As of every sequence mixer, and which tokens are visual: a random half."""
-        inputs = super().example_inputs(**how)
-        generator = torch.Generator().manual_seed(how.get("seed", 0))
-        inputs["visual"] = torch.rand(inputs["x"].shape[:2], generator=generator) < 0.5
-        return inputs
+        self.ffn = SwiGLU(dim, hidden=self.hidden, **factory)
 
     def forward(
         self,
@@ -123,15 +96,9 @@ class CompositeAttentionLayer(Mixer):
         state: KVState | None = None,
         visual: Bool[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n c"] | tuple[Float[Tensor, "b n c"], KVState]:
-        check_tokens("x", x, self.dim)
-        check_no_context(context, context_mask)
-        check_mask("mask", mask, x.shape[0], x.shape[1])
-        check_mask("visual", visual, x.shape[0], x.shape[1])
-        check_positions("positions", positions, x.shape[0], x.shape[1])
+        self.door(x, context, mask, context_mask, positions, visual)
         past = 0 if state is None else state.length
-        if positions is None:
-            positions = torch.arange(past, past + x.shape[1], device=x.device)
-        angles = rotary_angles(positions, self.head_dim, base=self.rotary_base, dtype=x.dtype)
+        angles = next_angles(x, self.head_dim, positions, state, base=self.rotary_base)
         # 1. Keys and values of all tokens.
         u = self.attention_norm(x)
         key, value = (

@@ -10,17 +10,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from heedful.checks import (
-    check_divides,
-    check_mask,
-    check_no_context,
-    check_positions,
-    check_positive,
-    check_tokens,
-)
 from heedful.mixers.heads.self_attention import next_angles
 from heedful.mixers.heads.swiglu import SwiGLU
-from heedful.mixers.mixer import Mixer
+from heedful.mixers.heads.visual_layer import VisualLayer
 from heedful.mixers.state import KVState
 from heedful.ops.attention import attention
 from heedful.ops.rotary import rotate
@@ -65,7 +57,7 @@ class ModalityExperts(nn.Module):
     extra_inputs=("visual",),
     complexity="O(N^2 C)",
 )
-class ModalityExpertLayer(Mixer):
+class ModalityExpertLayer(VisualLayer):
     """A decoder layer in which visual tokens have their own feed-forward net and, if wanted, projections.
 
         h = x + W_o attention(RMS(x) W_qkv),   y = h + FFN_m(RMS(h)),   m: text or visual
@@ -104,35 +96,14 @@ class ModalityExpertLayer(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim)
-        kv_heads = heads if kv_heads is None else kv_heads
-        check_divides("heads", heads, "dim", dim)
-        check_divides("kv_heads", kv_heads, "heads", heads)
-        hidden = 4 * dim if hidden is None else hidden
-        check_positive("hidden", hidden)
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
-        if self.head_dim % 2:
-            raise ValueError(f"heads is {heads}, must leave an even number of channels a head, of {dim}")
-        self.attention_experts, self.rotary_base = attention_experts, rotary_base
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        qkv: nn.Module = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=False, **factory)
+        super().__init__(dim, heads=heads, kv_heads=kv_heads, hidden=hidden, norm_eps=norm_eps, **factory)
+        self.attention_experts, self.rotary_base = attention_experts, rotary_base
+        qkv: nn.Module = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False, **factory)
         out: nn.Module = nn.Linear(dim, dim, bias=False, **factory)
         self.qkv = ModalityExperts(qkv) if attention_experts else qkv
         self.out = ModalityExperts(out) if attention_experts else out
-        self.ffn = ModalityExperts(SwiGLU(dim, hidden=hidden, **factory))
-        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps, **factory)
-        self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps, **factory)
-
-    def init_state(self, batch: int) -> KVState:
-        """The state before the first token of `batch` sequences."""
-        return KVState()
-
-    def example_inputs(self, **how: Any) -> dict[str, Tensor]:
-        """As of every sequence mixer, and which tokens are visual: a random half."""
-        inputs = super().example_inputs(**how)
-        generator = torch.Generator().manual_seed(how.get("seed", 0))
-        inputs["visual"] = torch.rand(inputs["x"].shape[:2], generator=generator) < 0.5
-        return inputs
+        self.ffn = ModalityExperts(SwiGLU(dim, hidden=self.hidden, **factory))
 
     def forward(
         self,
@@ -145,11 +116,7 @@ class ModalityExpertLayer(Mixer):
         state: KVState | None = None,
         visual: Bool[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n c"] | tuple[Float[Tensor, "b n c"], KVState]:
-        check_tokens("x", x, self.dim)
-        check_no_context(context, context_mask)
-        check_mask("mask", mask, x.shape[0], x.shape[1])
-        check_mask("visual", visual, x.shape[0], x.shape[1])
-        check_positions("positions", positions, x.shape[0], x.shape[1])
+        self.door(x, context, mask, context_mask, positions, visual)
         # 1. One causal attention over text and visual tokens.
         qkv = _own(self.qkv, self.attention_norm(x), visual)
         grouped = rearrange(qkv, "b n (g r d) -> b g r n d", g=self.kv_heads, d=self.head_dim)

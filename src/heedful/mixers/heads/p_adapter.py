@@ -173,7 +173,8 @@ class PAdapterAttention(Mixer):
 
     To train the adapter alone, freeze all but `output.adapter`. forward: mask (b, n) hides tokens of x as
     keys, context_mask (b, m) those of the context, whose values then count as zeros; `positions` have no
-    effect, and neither has `causal` with a context. Holds n m dim / reduction numbers.
+    effect, and neither has `causal` with a context. Holds n m dim / reduction numbers. State: 2 dim +
+    dim / reduction numbers a token.
     Raises ValueError if heads or reduction do not divide, on wrong shapes, and for a state with a context.
     Source: p-Laplacian adaptation, arXiv 2312.10613.
     """
@@ -200,7 +201,7 @@ class PAdapterAttention(Mixer):
         super().__init__(dim)
         check_divides("heads", heads, "dim", dim)
         check_positive("samples", samples)
-        self.heads, self.samples, self.causal = heads, samples, causal
+        self.heads, self.reduction, self.samples, self.causal = heads, reduction, samples, causal
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query = nn.Linear(dim, dim, **factory)
         self.key = nn.Linear(dim, dim, **factory)
