@@ -125,7 +125,8 @@ def test_yarn_equals_deepseek_in_transformers(mscale, all_dim):
     expected, _ = layer(x, angles, hidden)
     yarn = Yarn(8.0, original_length=64, beta_fast=4, mscale=mscale, mscale_all_dim=all_dim)
     assert (yarn.slowing(8, 50.0).diff() < -0.1).all()  # some pairs are neither kept nor stretched in full
-    mixer = make(rope_dim=8, rotary_base=50.0, yarn=yarn)
+    mixer = make(rope_dim=8, rotary_base=50.0, yarn=vars(yarn))
+    assert mixer.yarn == yarn
     authors.load(mixer, layer.state_dict())
     # transformers' angles are float32
     torch.testing.assert_close(mixer(x), expected, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,7 +71,7 @@ class MultiHeadLatentAttention(Mixer):
     value_dim    channels of a head's values
     latent_norm  RMS normalisation of both latents, eps 1e-6; False: none, as a converted model has it
     rotary_base  of the rotary embedding
-    yarn         `heedful.ops.rotary.Yarn` for texts longer than those of the training; None: none
+    yarn         `heedful.ops.rotary.Yarn`, or its arguments, for texts longer than those of the training
     causal       a token sees itself and what came before; needed to decode
     dropout      share of the attention weights dropped in training
 
@@ -103,7 +104,7 @@ class MultiHeadLatentAttention(Mixer):
         value_dim: int = 128,
         latent_norm: bool = True,
         rotary_base: float = 10000.0,
-        yarn: Yarn | None = None,
+        yarn: Yarn | Mapping[str, float] | None = None,
         causal: bool = True,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -120,8 +121,10 @@ class MultiHeadLatentAttention(Mixer):
         self.heads, self.kv_rank = heads, kv_rank
         self.nope_dim, self.rope_dim, self.value_dim = nope_dim, rope_dim, value_dim
         self.rotary_base, self.causal, self.dropout = rotary_base, causal, dropout
-        self.yarn = yarn
-        self.scale = (nope_dim + rope_dim) ** -0.5 * (1 if yarn is None else yarn.logit_factor)
+        self.yarn = Yarn(**yarn) if isinstance(yarn, Mapping) else yarn  # type: ignore[arg-type]
+        self.scale = (nope_dim + rope_dim) ** -0.5
+        if self.yarn is not None:
+            self.scale *= self.yarn.logit_factor
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         query_dim = heads * (nope_dim + rope_dim)
         self.query_norm = self.kv_norm = None
