@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+import heedful
 from heedful import inspect as look
 from heedful.hf import Handler, tap
 from heedful.inspect import Attribution, Target
@@ -172,31 +173,53 @@ def test_attention_times_gradient_is_what_turning_up_attention_does(family):
     assert found.scores.abs().max() > 1e-5
 
 
-def test_attention_times_gradient_of_timm():
+def attend(query, key, value, *_, **more):
+    """Attention whose table is kept in the graph."""
+    table = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+    table.retain_grad()
+    TABLES.append(table)
+    return table @ value
+
+
+TABLES: list[torch.Tensor] = []
+
+
+def by_tables(monkeypatch, run):
+    """A dF/dA summed, by tables in the graph of `run`."""
+    TABLES.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+        run().backward()
+    return sum((t * t.grad).sum((0, 1, 2)) for t in TABLES).detach()
+
+
+def test_attention_times_gradient_of_timm(monkeypatch):
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=2, embed_dim=12, num_heads=3).eval()
     pixels = torch.randn(1, 3, 48, 48)
     target = look.image_target(model, pixels, lambda logits: logits[:, 7], grid=(3, 3))
     found = look.attention_times_gradient(model, target)
     assert found.grid == (3, 3) and found.map().shape == (3, 3)
-    # The same weights as tables in the graph.
-    tables = []
-    attend = nn.functional.scaled_dot_product_attention
+    own = by_tables(monkeypatch, lambda: model(pixels)[0, 7])
+    assert len(TABLES) == 2
+    torch.testing.assert_close(found.scores, own[1:], rtol=1e-4, atol=1e-6)  # float32
 
-    def dense(q, k, v, **_):
-        table = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-        table.retain_grad()
-        tables.append(table)
-        return table @ v
 
-    try:
-        nn.functional.scaled_dot_product_attention = dense
-        model(pixels)[0, 7].backward()
-    finally:
-        nn.functional.scaled_dot_product_attention = attend
-    own = sum((t * t.grad).sum((0, 1, 2)) for t in tables)
-    assert len(tables) == 2
-    torch.testing.assert_close(found.scores, own[1:].detach(), rtol=1e-4, atol=1e-6)  # float32
+@pytest.mark.parametrize("mixer", [False, True])
+def test_attention_times_gradient_of_plain_modules(mixer, monkeypatch):
+    torch.manual_seed(0)
+    if mixer:
+        layers = [heedful.create("self-attention", dim=12, heads=3) for _ in range(2)]
+        model = nn.Sequential(*layers).eval()
+    else:
+        layer = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(5, 12)
+    target = on(lambda x: model(x)[:, 1, 4], x)
+    found = look.attention_times_gradient(model, target)
+    own = by_tables(monkeypatch, lambda: target.value(x[None].requires_grad_())[0])
+    assert len(TABLES) == 2 and own.abs().max() > 1e-3
+    torch.testing.assert_close(found.scores, own, rtol=1e-4, atol=1e-6)  # float32
 
 
 def test_images_by_patches():

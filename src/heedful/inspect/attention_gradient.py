@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -19,6 +21,15 @@ from heedful.inspect.target import Target
 from heedful.registry import register
 
 
+@dataclass
+class _Seen:
+    """A call, a tensor that its heads' output went into, and from that one's gradient to the heads' own."""
+
+    site: Site
+    output: Tensor
+    to_heads: Callable[[Tensor], Tensor] = lambda slope: slope.reshape(-1, *slope.shape[-3:])
+
+
 @register(
     "attention-times-gradient", kind="inspect", paper="song-of-disagreement", tags=("attribution", "gradient")
 )
@@ -26,32 +37,35 @@ def attention_times_gradient(model: nn.Module, target: Target) -> Attribution:
     """sum over layers l, heads h and queries i of A_lhij dF/dA_lhij, for each token j.
 
     It is what the number F changes by, to first order, for each percent that all attention to token j is
-    turned up by, the other weights as they are.
+    turned up by, the other weights as they are, times 100.
 
-    model   whose self-attention is looked at: of transformers, or of scaled_dot_product_attention (timm)
+    model   whose self-attention is looked at: of transformers, torch.nn.MultiheadAttention, or one that calls
+            scaled_dot_product_attention (timm, and heedful where it computes with that)
     target  the number F, computed with this model
 
     The gradient to a weight is that to the head's output times the value, dF/dA_ij = dF/do_i . v_j, so it
     needs no table inside the model. Of images, tokens before the patches are left out.
     Raises ValueError if no self-attention over the parts of the input can be seen.
     """
-    calls: list[tuple[Site, Tensor]] = []
+    calls: list[_Seen] = []
     x = target.x.detach().clone().requires_grad_()
-    with torch.enable_grad(), _outputs(model, lambda site, output: calls.append((site, output))):
+    with torch.enable_grad(), _outputs(model, calls.append):
         value = target.value(x[None])[0]
     parts = len(target.tokens)
-    own = [(site, o) for site, o in calls if _over_parts(site, parts, image=target.grid is not None)]
+    own = [call for call in calls if _over_parts(call.site, parts, image=target.grid is not None)]
     if not own:
         raise ValueError(
-            f"{type(model).__name__} shows no self-attention over the {parts} parts of the input; attention "
-            "times gradient needs that of a transformers model or of scaled_dot_product_attention"
+            f"{type(model).__name__} shows no self-attention over the {parts} parts of the input that can be "
+            "followed to the output, which attention times gradient needs"
         )
-    slopes = torch.autograd.grad(value, [output for _, output in own], allow_unused=True)
-    total = x.new_zeros(own[0][0].shape[3])
-    for (site, _), slope in zip(own, slopes, strict=True):
+    slopes = torch.autograd.grad(value, [call.output for call in own], allow_unused=True)
+    total = x.new_zeros(own[0].site.shape[3])
+    for call, slope in zip(own, slopes, strict=True):
         if slope is not None:
+            site = call.site
             groups = site.shape[1] // site.value.shape[1]
-            by_weight = (slope.unflatten(1, (-1, groups)) @ site.value[:, :, None].mT).flatten(1, 2)
+            heads = call.to_heads(slope).unflatten(1, (-1, groups))
+            by_weight = (heads @ site.value[:, :, None].mT).flatten(1, 2)
             total = total + (site.weights() * by_weight).detach().sum((0, 1, 2))
     return Attribution("attention × gradient", target.tokens, total[-parts:].cpu(), target.grid)
 
@@ -62,31 +76,46 @@ def _over_parts(site: Site, parts: int, *, image: bool) -> bool:
 
 
 @contextmanager
-def _outputs(model: nn.Module, see: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    """Shows each attention call with what its heads put out, in the graph of the model's output."""
+def _outputs(model: nn.Module, see: Callable[[_Seen], None]) -> Iterator[None]:
+    """Shows each attention call with its output, in the graph of the model's output."""
     with ExitStack() as stack:
         if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel):
             from heedful.hf.tap import Handler, tap
 
             class Show(Handler):
                 def output(self, site: Site, output: Tensor) -> Tensor:
-                    see(site, output)
+                    see(_Seen(site, output))
                     return output
 
             stack.enter_context(tap(model, Show()))
         else:
-            sites: list[Site] = []
-
-            class ShowOutput(TorchFunctionMode):
-                def __torch_function__(
-                    self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-                ) -> Any:
-                    before = len(sites)
-                    output = func(*args, **(kwargs or {}))
-                    if func is F.scaled_dot_product_attention and len(sites) > before:
-                        see(sites[-1], output)
-                    return output
-
-            stack.enter_context(capture(model, sites.append))
-            stack.enter_context(ShowOutput())  # inside, so that it is asked first
+            waiting: list[Site] = []  # the call that is computed now
+            stack.enter_context(capture(model, lambda site: waiting.__setitem__(slice(None), [site])))
+            stack.enter_context(_ShowOutput(waiting, see))  # inside, so that it is asked first
         yield
+
+
+class _ShowOutput(TorchFunctionMode):
+    """Follows the outputs of PyTorch's attention functions, for the call that waits for one."""
+
+    def __init__(self, waiting: list[Site], see: Callable[[_Seen], None]) -> None:
+        super().__init__()
+        self.waiting, self.see = waiting, see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward and self.waiting:
+            # (query, key, value, embed_dim, heads, ..., dropout, out_proj_weight, ...) -> (n, b, c), ...
+            heads, out = args[4], args[11]
+            self.see(
+                _Seen(
+                    self.waiting.pop(),
+                    output[0],
+                    lambda slope: rearrange(slope @ out, "n b (h d) -> b h n d", h=heads),
+                )
+            )
+        elif func is F.scaled_dot_product_attention and self.waiting:
+            site = self.waiting.pop()
+            if output.shape[-3:-1] == site.query.shape[1:3]:
+                self.see(_Seen(site, output))
+        return output
