@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,20 +24,24 @@ DIM, HEADS = 256, 4
 
 @dataclass(frozen=True)
 class Cost:
-    """One mixer at one length. Times in seconds, memory in MiB.
+    """One mixer at one length, or on maps of one size. Times in seconds, memory in MiB.
 
-    visited: share of the products of dense attention, itself causal, that the mixer's attention calls
-    compute, or None where it makes none; its inverse is the ideal ratio.
+    visited: share of the products of dense attention (itself causal, for a sequence) that the mixer's
+    attention calls compute, or None where it makes none; its inverse is the ideal ratio.
     """
 
     mixer: str
-    length: int
+    size: tuple[int, ...]
     forward: float
     both: float
     memory: float | None
     dense_forward: float
     dense_both: float
     visited: float | None
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.size)
 
     @property
     def forward_ratio(self) -> float:
@@ -46,16 +51,26 @@ class Cost:
     def both_ratio(self) -> float:
         return self.dense_both / self.both
 
+    @property
+    def reached(self) -> float | None:
+        """Share of the ideal ratio that the forward pass reaches."""
+        return None if self.visited is None else self.forward_ratio * self.visited
+
+    @property
+    def reached_both(self) -> float | None:
+        return None if self.visited is None else self.both_ratio * self.visited
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"forward_ratio": self.forward_ratio, "both_ratio": self.both_ratio}
+        names = ("length", "forward_ratio", "both_ratio", "reached", "reached_both")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A mixer that could not be measured at a length, and why."""
+    """A mixer that could not be measured at a size, and why."""
 
     mixer: str
-    length: int
+    size: tuple[int, ...]
     reason: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,28 +86,38 @@ def sparse_mixers() -> list[str]:
     )
 
 
-def costs(mixers: str, lengths: list[int], device: str = "cpu") -> Iterator[Cost | Failure]:
-    """Measure each mixer at each length in a process of its own, in turns with dense attention.
+def sparse_grid_mixers(axes: int) -> list[str]:
+    """Mixers of maps with this number of axes that are tagged sparse."""
+    return sorted(
+        e.name for e in index().values() if e.kind == "grid" and axes in e.spatial and "sparse" in e.tags
+    )
+
+
+def costs(
+    mixers: str, sizes: Sequence[tuple[int, ...]], device: str = "cpu", *, kind: str = "sequence"
+) -> Iterator[Cost | Failure]:
+    """Measure each mixer at each size in a process of its own, in turns with dense attention.
 
     mixers: names, with arguments where wanted, as in "s2-attention,landmark-attention:retrieve=4".
+    sizes: (tokens,) for sequence mixers; (height, width) or (frames, height, width) for kind="grid".
     """
     choices = parse(mixers)
     for choice in choices:
-        if choice.entry.kind != "sequence":
+        if choice.entry.kind != kind:
             raise ValueError(
-                f"mixer {choice.entry.name!r} is of kind {choice.entry.kind}, must be a sequence mixer"
+                f"mixer {choice.entry.name!r} is of kind {choice.entry.kind}, must be a {kind} mixer"
             )
-    for length in lengths:
+    for size in sizes:
         for choice in choices:
-            found = fresh(_measure, choice, length, device)
-            yield Failure(choice.label, length, found) if isinstance(found, str) else found
+            found = fresh(_measure, choice, size, device)
+            yield Failure(choice.label, size, found) if isinstance(found, str) else found
 
 
 def build(choice: Choice) -> Mixer:
-    """The mixer at the width of this benchmark, causal, all else its defaults or as given."""
+    """The mixer at the width of this benchmark, all else its defaults or as given; sequences are causal."""
     cls = choice.entry.load()
     known = inspect.signature(cls).parameters
-    wanted = {"heads": HEADS, "causal": True}
+    wanted = {"heads": HEADS} | ({"causal": True} if choice.entry.kind == "sequence" else {})
     mixer = cls(DIM, **{key: value for key, value in wanted.items() if key in known} | dict(choice.given))
     if isinstance(mixer, FluxAttention):
         # It starts dense, and trains both of its branches: what it saves shows where it has decided.
@@ -123,14 +148,17 @@ def _products(forward: Callable[[], object]) -> float:
     return sum(visit.products for visit in visits)
 
 
-def _measure(choice: Choice, length: int, device: str) -> Cost:
+def _measure(choice: Choice, size: tuple[int, ...], device: str) -> Cost:
+    grid, length = choice.entry.kind == "grid", math.prod(size)
     x = torch.randn(1, length, DIM, device=device, requires_grad=True)
-    forward, both = _steps(build(choice).to(device), x)
+    maps = x.detach().mT.unflatten(-1, size).contiguous().requires_grad_() if grid else x
+    forward, both = _steps(build(choice).to(device), maps)
     memory = peak_memory(both, device)
-    dense_forward, dense_both = _steps(build(parse(BASELINE)[0]).to(device), x)
+    dense = parse(f"{BASELINE}:causal=False" if grid else BASELINE)[0]
+    dense_forward, dense_both = _steps(build(dense).to(device), x)
     products = _products(forward)
     visited = products / _products(dense_forward) if products else None
     # One step after the other, so that all see the same machine.
     steps = [forward, dense_forward, both, dense_both]
     times = best_times(steps, 1 if length > 8192 else 3, device)
-    return Cost(choice.label, length, times[0], times[2], memory, times[1], times[3], visited)
+    return Cost(choice.label, size, times[0], times[2], memory, times[1], times[3], visited)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,13 @@ def _ops(
             "default: sparse and linear."
         ),
     ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="With --mechanisms: sizes of maps, 64x64 or 8x32x32, instead of lengths: measures mixers "
+            "of maps beside dense attention over the same tokens."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     flex: Annotated[
         bool, typer.Option(help="Also compiled FlexAttention's forward (needs a C++ compiler).")
@@ -58,7 +66,8 @@ def _ops(
     except ValueError:
         fail(f"lengths is {lengths!r}, must be whole numbers with commas between, e.g. 4096,16384")
     if mechanisms:
-        _mechanisms(mixers, sizes, device, json_file)
+        shapes = [(size,) for size in sizes] if grid is None else _shapes(grid)
+        _mechanisms(mixers, shapes, "sequence" if grid is None else "grid", device, json_file)
         return
     names = patterns.split(",") if patterns else [*ops.PATTERNS]
     console = Console()
@@ -103,46 +112,68 @@ def _ops(
         )
 
 
-def _mechanisms(names: str | None, sizes: list[int], device: str, json_file: Path | None) -> None:
+def _shapes(grid: str) -> list[tuple[int, ...]]:
+    try:
+        shapes: list[tuple[int, ...]] = [tuple(int(side) for side in x.split("x")) for x in grid.split(",")]
+    except ValueError:
+        shapes = []
+    if not shapes or len({len(shape) for shape in shapes}) > 1 or len(shapes[0]) not in (1, 2, 3):
+        fail(f"grid is {grid!r}, must be sizes of maps with commas between, e.g. 8x32x32,16x32x32")
+    return shapes
+
+
+def _mechanisms(
+    names: str | None, sizes: Sequence[tuple[int, ...]], kind: str, device: str, json_file: Path | None
+) -> None:
     from heedful.bench import mechanisms as bench
 
-    names = ",".join(bench.sparse_mixers()) if names is None else names
+    if names is None:
+        listed = bench.sparse_mixers() if kind == "sequence" else bench.sparse_grid_mixers(len(sizes[0]))
+        names = ",".join(listed)
     console = Console()
     found = []
     try:
         with console.status("measuring") as status:
-            for cost in bench.costs(names, sizes, device):
+            for cost in bench.costs(names, sizes, device, kind=kind):
                 found.append(cost)
-                status.update(f"measured {cost.mixer} at {cost.length} tokens")
+                status.update(f"measured {cost.mixer} at {_text(cost.size)} tokens")
     except (ValueError, RuntimeError) as wrong:
         fail(wrong)
     except KeyboardInterrupt:
         console.print("stopped; what is finished follows")
     table = Table(
-        title=f"batch 1, dim {bench.DIM}, heads {bench.HEADS}, {device}; x = times faster than dense",
+        title=f"batch 1, dim {bench.DIM}, heads {bench.HEADS}, {device}; x = times faster than dense; "
+        "% of it: share of the ideal",
         box=None,
         header_style="bold",
     )
-    for column in ("mixer", "tokens", "fwd ms", "fwd x", "fwd+bwd ms", "fwd+bwd x", "ideal x", "MiB"):
-        table.add_column(column, justify="left" if column == "mixer" else "right")
+    table.add_column("mixer", overflow="fold")
+    for column in ("tokens", "fwd ms", "x", "+bwd ms", "x", "ideal x", "% of it", "+bwd %", "MiB"):
+        table.add_column(column, justify="right")
     for cost in found:
         if isinstance(cost, bench.Failure):
-            table.add_row(cost.mixer, str(cost.length), "not measured")
-            console.print(f"{cost.mixer} at {cost.length} tokens: {cost.reason}")
+            table.add_row(cost.mixer, _text(cost.size), "not measured")
+            console.print(f"{cost.mixer} at {_text(cost.size)} tokens: {cost.reason}")
             continue
         table.add_row(
             cost.mixer,
-            str(cost.length),
+            _text(cost.size),
             _number(cost.forward, 1e3),
             _number(cost.forward_ratio),
             _number(cost.both, 1e3),
             _number(cost.both_ratio),
             "-" if not cost.visited else _number(1 / cost.visited),
+            _number(cost.reached, 100, 0),
+            _number(cost.reached_both, 100, 0),
             _number(cost.memory, 1, 0),
         )
     console.print(table)
     if json_file is not None:
         json_file.write_text(json.dumps([cost.as_dict() for cost in found], indent=1))
+
+
+def _text(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
 
 
 def _number(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
