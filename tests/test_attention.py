@@ -505,3 +505,22 @@ def test_large_dense_computations_warn_or_refuse():
     big = torch.zeros(1, 5, 1 << 14, 1)
     with pytest.raises(ValueError, match="2\\^30"):
         heedful.attention(big, big, big, backend="reference")
+
+
+def test_a_trained_bias_may_hide_whole_rows():
+    """Zeros for them, and no gradient through them: not NaN."""
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=DTYPE, requires_grad=True) for _ in range(3))
+    bias = torch.randn(3, 5, 5, dtype=DTYPE)
+    bias[:, 1], bias[0, 2, :3] = -torch.inf, -torch.inf
+    bias.requires_grad_()
+    out = {}
+    for backend in ("sdpa", "tiled", "reference"):
+        y = heedful.attention(q, k, v, bias=bias, backend=backend)
+        grads = torch.autograd.grad((y * torch.arange(4)).sum(), (q, k, v, bias))
+        out[backend] = (y, *(torch.where(bias == -torch.inf, 0.0, g) if g is grads[3] else g for g in grads))
+    assert (out["reference"][0][:, :, 1] == 0).all()
+    assert all(x.isfinite().all() for x in out["reference"])
+    torch.testing.assert_close(out["sdpa"], out["reference"])
+    torch.testing.assert_close(out["tiled"], out["reference"])
+    with torch.no_grad():
+        torch.testing.assert_close(heedful.attention(q, k, v, bias=bias, backend="sdpa"), out["sdpa"][0])

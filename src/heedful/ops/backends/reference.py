@@ -40,10 +40,12 @@ def _softmax(call: Call, logits: Tensor, seen: Tensor | None, value: Tensor) -> 
         sink = call.sink_logits.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
         lse = torch.cat([logits, sink], dim=-1).logsumexp(-1)
     elif call.m:
-        lse = logits.logsumexp(-1)
+        # A row that sees nothing has no slope: through its log-sum-exp it would be NaN.
+        blind = (logits == -torch.inf).all(-1)
+        lse = logits.masked_fill(blind[..., None], 0.0).logsumexp(-1).masked_fill(blind, -torch.inf)
     else:
         lse = logits.new_full(logits.shape[:3], -torch.inf)
-    # exp(-inf - -inf) would be NaN: a row that sees nothing is measured from 0 instead.
+    # exp(-inf - -inf) would be NaN: such a row is measured from 0 instead.
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
     return torch.dropout(weights, call.dropout_p, True) @ value, lse
 

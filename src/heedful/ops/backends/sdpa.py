@@ -57,6 +57,13 @@ def run(call: Call) -> tuple[Tensor, None]:
             mask = mask.masked_fill(~seen, -torch.inf)
     if mask is not None:
         mask = mask.expand(*torch.broadcast_shapes(mask.shape, (1, 1, call.n, call.m)))
+    if mask is not None and not torch.is_grad_enabled():
+        mask = mask.detach()  # PyTorch keeps its fused kernel from a mask that asks for a gradient, even here
+    if mask is not None and _makes_logits(call, mask):
+        # PyTorch would look at all logits for rows that are -inf; the bias has fewer.
+        blind = (mask == -torch.inf).all(-1, keepdim=True)
+        weights = (query * call.scale @ key.mT + mask.masked_fill(blind, 0.0)).softmax(-1)
+        return (weights @ value[..., :width]).masked_fill(blind, 0.0), None
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=call.dropout_p, is_causal=causal, scale=call.scale
     )
@@ -69,3 +76,15 @@ def run(call: Call) -> tuple[Tensor, None]:
 
 def _is_square_causal(call: Call) -> bool:
     return isinstance(call.selection, Causal) and bool(call.n == call.m) and bool(call.query_offset == 0)
+
+
+def _makes_logits(call: Call, mask: Tensor) -> bool:
+    """Whether PyTorch would make the logits, for the gradient of a bias, and no faster than we do here."""
+    return (
+        mask.requires_grad
+        and mask.device.type == "cpu"
+        and call.key_mask is None
+        and call.selection is None
+        and not call.dropout_p
+        and call.query.dtype in (torch.float32, torch.float64)
+    )
