@@ -162,12 +162,20 @@ def _explanation(
         Attribution("by chance", target.tokens, torch.rand(len(target.tokens), generator=chance), target.grid)
         for _ in range(RANDOM)
     ]
+    ranked = [*(_towards(each, value >= nothing) for each in made), *orders]
     curves = []
     for curve_of in (deletion_curve, insertion_curve):
-        own = [curve_of(target, each, steps=STEPS).between(nothing, value) for each in [*made, *orders]]
+        own = [curve_of(target, each, steps=STEPS).between(nothing, value) for each in ranked]
         mean = Curve(own[0].shares, torch.stack([c.values for c in own[len(made) :]]).mean(0))
         curves.append([*own[: len(made)], mean])
     return Explanation(sample, target, value, nothing, made, *curves, gap)
+
+
+def _towards(found: Attribution, rises: bool) -> Attribution:
+    """High where a part leads from the number for nothing to that for the sample, be it up or down."""
+    if rises or bool((found.scores >= 0).all()):
+        return found
+    return Attribution(found.method, found.tokens, -found.scores, found.grid)
 
 
 def _only(each: Explanation, methods: set[str]) -> Explanation:
