@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from heedful.bench.tasks import IGNORE, Recall
 from heedful.mixers.heads.self_attention import SelfAttention
 from heedful.mixers.sparse.power_attention import PowerAttention
+from heedful.patterns import Causal, Window
 
 
 def literal(mixer, x, window, sinks, block):
@@ -87,3 +89,49 @@ def test_door():
         PowerAttention(16, heads=4)(torch.randn(1, 3, 16), context=torch.randn(1, 3, 16))
     with pytest.raises(ValueError, match="window is 0"):
         PowerAttention(16, heads=4, window=0)
+
+
+@torch.no_grad()
+def answered(task, layers, window=None):
+    """Share of the questions of `recall` that are answered after each layer, with weights set by hand.
+
+    Head k carries the value of key k: every token hands on what it knows, and asks all that it sees. With a
+    window the same weights attend to the last `window` keys.
+    """
+    keys, width = task.keys, 1 + task.values  # channel 0 of a head: its key's value is known
+    mixer = PowerAttention(keys * width, heads=keys, window=1, sinks=0, block_size=4)
+    if window is not None:
+        mixer.pattern = Causal() & Window(window - 1, 0)
+    for p in mixer.parameters():
+        p.zero_()
+    mixer.query.bias.view(keys, width)[:, 0] = 30 * width**0.5  # tokens that know take all the weight
+    for layer in (mixer.key, mixer.value, mixer.out):
+        layer.weight.copy_(torch.eye(keys * width))
+    tokens, targets = task.batch(torch.Generator().manual_seed(0))
+    known = torch.zeros(*tokens.shape, keys, width)
+    row, place = torch.arange(len(tokens))[:, None], torch.arange(1, 2 * task.pairs, 2)
+    key, value = tokens[:, place - 1] - 1, tokens[:, place] - 1 - keys
+    known[row, place, key, 0] = 1
+    known[row, place, key, 1 + value] = 1
+    b, i = (targets != IGNORE).nonzero(as_tuple=True)
+    shares = []
+    for _ in range(layers):
+        known = (known + mixer(known.flatten(2)).view_as(known)).clamp(max=1)
+        answer = known[b, i, tokens[b, i] - 1]
+        right = (answer[:, 0] > 0.5) & (answer[:, 1:].argmax(-1) == targets[b, i] - 1 - keys)
+        shares.append(float(right.float().mean()))
+    return shares
+
+
+def test_pairs_pass_from_hop_to_hop_where_a_window_of_the_same_cost_ends():
+    task = Recall(length=256, pairs=8, batch_size=4)
+    cost = PowerAttention(16, window=1, sinks=0, block_size=4).pattern.mask(256, 256).sum(-1)
+    mean, most = round(float(cost.float().mean())), int(cost.max())
+    assert (mean, most) == (23, 28)
+    power = answered(task, 6)
+    assert power[0] < 0.12
+    assert power[4] > 0.98
+    assert power[5] == 1.0
+    # With any weights: what lies farther than six windows back cannot be known.
+    assert answered(task, 6, window=mean)[5] < 0.6
+    assert answered(task, 6, window=most)[5] < 0.75
