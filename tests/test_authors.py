@@ -39,6 +39,18 @@ def test_gated_attention():
     torch.testing.assert_close(authors.load(mixer, params).eval()(x), wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_grouped_differential_attention_of_motif():
+    mixer = heedful.create(
+        "grouped-differential-attention", 24, heads=8, noise_heads=2, kv_heads=4, head_dim=4
+    )
+    sizes = {"q_proj": (32, 24), "k_proj": (16, 24), "v_proj": (16, 24), "o_proj": (24, 48), "subln": (8,)}
+    given = {f"{name}.weight": torch.randn(size) for name, size in sizes.items()}
+    given |= {f"lambda_{name}": torch.randn(4) for name in ("q1", "k1", "q2", "k2")}
+    authors.load(mixer, given)
+    assert torch.equal(mixer.out.weight, given["o_proj.weight"])
+    assert torch.equal(mixer.norm.weight, given["subln.weight"])
+
+
 @golden_needed
 def test_biformer():
     params, x, wanted = read("biformer-bra")

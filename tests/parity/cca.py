@@ -7,20 +7,11 @@ from typing import Any
 import torch
 
 import heedful
+from heedful import authors
 from heedful.mixers.heads.cca import CompressedConvolutionalAttention
 from heedful.ops.rotary import rotate
 from heedful.patterns import Causal
 from tests.parity.harness import Tensors, adapter
-
-NAMES = {
-    "qkv_proj.q_proj": "query",
-    "qkv_proj.k_proj": "key",
-    "qkv_proj.v_proj_current": "value",
-    "qkv_proj.v_proj_delayed": "value_delayed",
-    "qkv_proj.conv_qk_depthwise": "channel_conv",
-    "qkv_proj.conv_qk_grouped": "head_conv",
-    "o_proj": "out",
-}
 
 
 @adapter("cca", "cca-g1")
@@ -36,9 +27,7 @@ def cca(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
         rotary_fraction=config["partial_rotary_factor"],
         qkv_bias=config["attention_bias"],
     ).eval()
-    parts = {name: name.rsplit(".", 1) for name in params if name != "qk_norm.temp"}
-    renamed = {f"{NAMES[layer]}.{kind}": params[name] for name, (layer, kind) in parts.items()}
-    mixer.load_state_dict({**renamed, "temp": params["qk_norm.temp"]}, strict=True)
+    authors.load(mixer, params)
     x = inputs["x"]
     query, key, value, _, _ = mixer.project(x)
     query_normed, key_normed = mixer.normalise(query, key)

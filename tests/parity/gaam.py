@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from heedful import authors
 from heedful.mixers.heads.gaam import GaussianAdaptiveAttention, GaussianBlock
 from tests.parity.harness import Tensors, adapter
 
@@ -26,13 +25,7 @@ def gaam(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
             )
         )
     ).eval()
-    stacked = {}
-    for layer, heads in enumerate(config["num_heads"]):
-        for ours, theirs in (("offsets", "mean_offsets"), ("widths", "c")):
-            stacked[f"layers.{layer}.{ours}"] = torch.stack(
-                [params[f"layers.{layer}.attention_heads.{head}.{theirs}"] for head in range(heads)]
-            )
-    block.load_state_dict(stacked, strict=True)
+    authors.load(block, params)
     details, x = {}, inputs["x"]
     for number, layer in enumerate(block.layers):
         details[f"details_layer_{number}"] = layer.weights(x)
@@ -49,5 +42,5 @@ def gaam_padding(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
         norm_axis=config["norm_axis"] % inputs["x"].ndim,
         padding_value=config["padding_value"],
     ).eval()
-    mixer.load_state_dict({"offsets": params["mean_offsets"][None], "widths": params["c"][None]}, strict=True)
+    authors.load(mixer, {f"attention_heads.0.{name}": a for name, a in params.items()})
     return {"y": mixer(inputs["x"]), "w": mixer.weights(inputs["x"])}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from einops import rearrange
 
+from heedful import authors
 from heedful.mixers.heads.grouped_differential_attention import GroupedDifferentialAttention, depth_lambda
 from tests.parity.harness import Tensors, adapter
 
@@ -26,7 +27,7 @@ def grouped_differential_attention(config: Any, params: Tensors, inputs: Tensors
         norm_eps=config["attn_rms_norm_eps"],
         causal=config["causal"],
     ).eval()
-    given = {name.replace("subln", "norm"): a for name, a in params.items()}
+    given = authors.table_of(GroupedDifferentialAttention).apply(params)
     untouched = {n: a for n, a in mixer.state_dict().items() if n.split(".")[0] in PROJECTIONS}
     mixer.load_state_dict({**untouched, **given}, strict=True)
     query, key, value = (rearrange(inputs[n], "t (h d) -> 1 h t d", d=head_dim) for n in "qkv")

@@ -7,26 +7,9 @@ from typing import Any
 import torch
 from einops import rearrange
 
+from heedful import authors
 from heedful.mixers.heads.rcmha import RelativeConvMultiHeadAttention
 from tests.parity.harness import Tensors, adapter
-
-NAMES = {
-    "query.0.linear.weight": "query.weight",
-    "key.0.linear.weight": "key.weight",
-    "value.0.linear.weight": "value.weight",
-    "value.0.linear.bias": "value.bias",
-    "query.1.conv.weight": "query_conv.weight",
-    "query.1.conv.bias": "query_conv.bias",
-    "key.1.conv.weight": "key_conv.weight",
-    "key.1.conv.bias": "key_conv.bias",
-    "value.1.conv.weight": "value_conv.weight",
-    "value.1.conv.bias": "value_conv.bias",
-    "key_pos_embeddings": "position",
-    "key_pos_bias": "position_bias",
-    "query_pos_bias": "query_bias",
-    "output.weight": "out.weight",
-    "output.bias": "out.bias",
-}
 
 
 @adapter("rcmha")
@@ -37,7 +20,7 @@ def rcmha(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
         max_length=len(params["key_pos_bias"]) // 2,  # the file holds the middle rows of the tables
         dropout=config["dropout_prob"],
     ).eval()
-    mixer.load_state_dict({NAMES[name]: a for name, a in params.items()}, strict=True)
+    authors.load(mixer, params)
     x, source = inputs["query"].transpose(0, 1), inputs["key"].transpose(0, 1)
     query, _ = mixer.convolve(mixer.query(x), mixer.query_conv, None, None)
     key, _ = mixer.convolve(mixer.key(source), mixer.key_conv, None, None)

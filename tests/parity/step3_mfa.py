@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from heedful import authors
 from heedful.mixers.heads.step3_mfa import MultiMatrixFactorizationAttention
 from tests.parity.harness import Tensors, adapter
-
-NAMES = {
-    "q_proj": "query_down",
-    "inter_norm": "query_norm",
-    "wq": "query_up",
-    "k_proj": "key",
-    "v_proj": "value",
-    "o_proj": "out",
-}
 
 
 @adapter("step3-mfa")
@@ -27,6 +19,5 @@ def step3_mfa(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
         rotary_base=config["rope_parameters"]["rope_theta"],
         norm_eps=config["norm_eps"],
     ).eval()
-    renamed = {f"{NAMES[name.split('.')[0]]}.{name.split('.')[1]}": a for name, a in params.items()}
-    mixer.load_state_dict(renamed, strict=True)
+    authors.load(mixer, params)
     return {"y": mixer(inputs["hidden_states"][None], positions=inputs["positions"])[0]}

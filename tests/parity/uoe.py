@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heedful import authors
 from heedful.mixers.heads.selective_multi_head_attention import SelectiveMultiHeadAttention
 from heedful.mixers.heads.union_mlp import UnionMLP
 from tests.parity.harness import Tensors, adapter
@@ -23,19 +24,7 @@ def residual(config: Any, params: Tensors, x: Tensor, y: Tensor) -> Tensor:
 @adapter("uoe-smha", "uoe-smha-prenorm")
 def smha(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
     mixer = SelectiveMultiHeadAttention(config["d_model"], heads=config["n_head"], selection="paper").eval()
-    mixer.load_state_dict(
-        {
-            "gate.linear.weight": params["switch_gate.w_gate.weight"],
-            "gate.linear.bias": params["switch_gate.w_gate.bias"],
-            "query.weight": params["W_q.weight.0"].mT.flatten(0, 1),
-            "query.bias": params["W_q.bias.0"].flatten(),
-            "kv.weight": params["W_kv.weight.0"].mT.flatten(0, 1),
-            "kv.bias": params["W_kv.bias.0"].flatten(),
-            "out": params["ff.weight.0"],
-            "out_bias": params["ff.bias"],
-        },
-        strict=True,
-    )
+    authors.load(mixer, params)
     x = inputs["x"]
     route, selected = mixer.gate.published(x)
     # Every list has the same length, so the chosen tokens of each (expert, row) can be stacked.
@@ -61,16 +50,6 @@ def uome(config: Any, params: Tensors, inputs: Tensors) -> Tensors:
         topk=config["topk"],
         selection="paper",
     ).eval()
-    mixer.load_state_dict(
-        {
-            "gate.linear.weight": params["switch_gate.w_gate.weight"],
-            "gate.linear.bias": params["switch_gate.w_gate.bias"],
-            "inner": params["linear1.weight.0"],
-            "inner_bias": params["linear1.bias.0"][:, 0],
-            "outer": params["linear2.weight.0"],
-            "outer_bias": params["linear2.bias"],
-        },
-        strict=True,
-    )
-    x = inputs["x"]  # linear3 is not used by the authors either
+    authors.load(mixer, params)
+    x = inputs["x"]
     return {"y": residual(config, params, x, mixer(x))}
