@@ -8,7 +8,7 @@ import torch
 from heedful.mixers.heads.cca import CompressedConvolutionalAttention
 
 
-def literal(mixer, x):
+def literal(mixer, x, window=None):
     """The card's steps for one sequence (n, c), token by token and head by head."""
     h, g, d, n = mixer.heads, mixer.kv_heads, mixer.head_dim, len(x)
     r, channels = h // g, (h + g) * d
@@ -51,7 +51,8 @@ def literal(mixer, x):
     # 8., 9. causal attention
     rows = []
     for t in range(n):
-        heads = [((k[: t + 1, i // r] @ q[t, i]) / d**0.5).softmax(0) @ v[: t + 1, i // r] for i in range(h)]
+        near = slice(0 if window is None else max(0, t + 1 - window), t + 1)
+        heads = [((k[near, i // r] @ q[t, i]) / d**0.5).softmax(0) @ v[near, i // r] for i in range(h)]
         rows.append(torch.cat(heads) @ mixer.out.weight.T)
     return torch.stack(rows)
 
@@ -73,18 +74,28 @@ def make(**options):
         {"heads": 2, "kv_heads": 2, "rotary_fraction": 1.0},
         {"channel_kernel": 3, "head_kernel": 4},
         {"channel_kernel": 1, "head_kernel": 1, "qkv_bias": True},
+        {"window": 3},
     ],
 )
 def test_equals_the_card(options):
     mixer = make(**options)
     x = torch.randn(2, 6, 24, dtype=torch.float64, requires_grad=True)
-    ours, expected = mixer(x), torch.stack([literal(mixer, row) for row in x])
+    ours, expected = mixer(x), torch.stack([literal(mixer, row, options.get("window")) for row in x])
     torch.testing.assert_close(ours, expected)
     weight = torch.randn_like(ours)
     inputs = [x, *mixer.parameters()]
     grads = torch.autograd.grad((ours * weight).sum(), inputs)
     for grad, want in zip(grads, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
         torch.testing.assert_close(grad, want)
+
+
+def test_decoding_with_a_window():
+    mixer, x = make(window=2), torch.randn(2, 6, 24, dtype=torch.float64)
+    state, pieces = mixer.init_state(2), []
+    for part in x.split((3, 1, 2), 1):
+        y, state = mixer(part, state=state)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), mixer(x))
 
 
 def test_lengths_of_queries_and_keys():

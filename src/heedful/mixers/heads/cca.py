@@ -25,6 +25,7 @@ from heedful.mixers.state import KVState
 from heedful.ops.attention import attention
 from heedful.ops.rotary import rotate
 from heedful.patterns.causal import Causal
+from heedful.patterns.window import Window
 from heedful.registry import register
 
 
@@ -66,11 +67,14 @@ class CompressedConvolutionalAttention(Mixer):
     head_kernel      width of conv2
     rotary_base      of the rotary embedding (channel j with j + r of the first 2 r)
     rotary_fraction  share of the channels of a head that are turned
+    window           keys that a token sees, itself and those before it, as in ZAYA1's sliding layers (with
+                     rotary_base 1e4); None: all before it
     qkv_bias         biases in W_q, W_k, W_v1, W_v2; W_o has none
     dropout          share of the attention weights dropped in training
 
     The key temperatures `temp` start at 1. forward: mask (b, n) hides keys, and to the projections a masked
-    token is a zero vector. State: 2 kv_heads head_dim numbers a token, and a few of the last tokens.
+    token is a zero vector. State: 2 kv_heads head_dim numbers a token, and a few of the last tokens; those
+    that a window has left behind are kept, too.
     Raises ValueError if heads do not divide, on wrong shapes, or if a context is given.
     Source: Compressed Convolutional Attention, arXiv 2510.04476.
     """
@@ -88,6 +92,7 @@ class CompressedConvolutionalAttention(Mixer):
         head_kernel: int = 2,
         rotary_base: float = 5e6,
         rotary_fraction: float = 0.5,
+        window: int | None = None,
         qkv_bias: bool = False,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -111,6 +116,9 @@ class CompressedConvolutionalAttention(Mixer):
             raise ValueError(
                 f"rotary_fraction is {rotary_fraction}, must turn an even number of {head_dim} channels"
             )
+        if window is not None:
+            check_positive("window", window)
+        self.pattern = Causal() if window is None else Window(window - 1, 0)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.rotary_dim, self.rotary_base, self.dropout = rotary_dim, rotary_base, dropout
         self.reach = channel_kernel + head_kernel - 2  # tokens before, that the convolutions see
@@ -157,7 +165,7 @@ class CompressedConvolutionalAttention(Mixer):
             key, value, seen = kept.key, kept.value, kept.mask
             state = CCAState(kept.length, key, value, seen, columns, delayed)
         dropout = self.dropout if self.training else 0.0
-        heads = attention(query, key, value, pattern=Causal(), key_mask=seen, dropout_p=dropout)
+        heads = attention(query, key, value, pattern=self.pattern, key_mask=seen, dropout_p=dropout)
         y = self.out(rearrange(heads, "b h n d -> b n (h d)"))
         return y if state is None else (y, state)
 
