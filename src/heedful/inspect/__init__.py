@@ -32,6 +32,7 @@ from heedful.inspect.attention_points import (
 from heedful.inspect.attention_saliency import attention_saliency, candidate_saliency
 from heedful.inspect.attribution import Attribution
 from heedful.inspect.capture import capture
+from heedful.inspect.context_aware_saliency import context_aware_saliency, salient_relevance_map
 from heedful.inspect.correspondence_classifier import (
     CorrespondenceClassifier,
     CorrespondenceVerdict,
@@ -133,7 +134,7 @@ _LAZY = {
     "HeadProfile": "head_profile",
     "Sample": "sample",
     "Subject": "sample",
-    "image_sample": "subjects",
+    "image_sample": "pictures",
     "inspect_model": "findings",
     "load_subject": "subjects",
     "report": "html_report",
@@ -191,6 +192,7 @@ __all__ = [
     "color_complexity",
     "completeness_gap",
     "content_words",
+    "context_aware_saliency",
     "contrast_attention",
     "cosine_distance",
     "cross_attention",
@@ -248,6 +250,7 @@ __all__ = [
     "saliency_by_frame",
     "saliency_prompt",
     "saliency_words",
+    "salient_relevance_map",
     "search_spans",
     "seg_token_similarity_map",
     "segment_masks",

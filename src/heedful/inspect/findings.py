@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from heedful.inspect.capture import capture
+from heedful.inspect.explanations import Explanations, explain
 from heedful.inspect.head_importance import (
     cosine_distance,
     head_importance_by_pruning,
@@ -49,6 +50,8 @@ class Findings:
     peaks: list[Peak]
     logits: bool  # whether importance is a divergence (else a cosine distance)
     least_half: float  # what is lost with the less important half of all heads
+    explanations: Explanations  # what the output rests on
+    others: int = 0  # layers of self-attention over other tokens, which are left out
 
     @property
     def image(self) -> bool:
@@ -75,6 +78,7 @@ class Findings:
             ],
             "least_half_loss": self.least_half,
             "peaks": [p.__dict__ for p in self.peaks],
+            "explanations": self.explanations.as_dict(),
             "samples": [
                 {"title": v.sample.title, "tokens": v.sample.labels, "received": v.received.tolist()}
                 for v in self.views
@@ -95,17 +99,21 @@ def inspect_model(subject: Subject, *, on_step: Callable[[str, int, int], None] 
     try:
         profiles: list[HeadProfile] = []
         views: list[View] = []
-        peaks = Peaks(model, _attention_names(subject))
+        layers, others = _layers(subject)
+        stages = len(set(layers.values())) < len(layers)  # whose first numbers are not those of layers
+        if stages:
+            layers = {name: i for i, name in enumerate(layers)}
+        peaks = Peaks(model, [] if stages else [*layers])
         for done, sample in enumerate(subject.samples, start=1):
             profile, tables = HeadProfile(sample), Tables(sample)
-            with capture(model, _both(profile, tables)), peaks.of(sample):
+            with capture(model, _both(layers, profile, tables)), peaks.of(sample):
                 subject.run(sample)
             profiles.append(profile)
             if not views or sum(v.tables.size for v in views) + tables.entries <= _ENTRIES:
                 views.append(tables.view(profile))
             tell("reading", done, len(subject.samples))
         heads = _heads(profiles)
-        importance, logits = _importance(subject, tell)
+        importance, logits = _importance(subject, layers, tell)
         for head in heads:
             head.importance = importance.get((head.module, head.head), 0.0)
         return Findings(
@@ -117,46 +125,53 @@ def inspect_model(subject: Subject, *, on_step: Callable[[str, int, int], None] 
             peaks.peaks(),
             logits,
             _least_half(subject, heads),
+            explain(subject, views, on_step=tell),
+            others,
         )
     finally:
         model.train(training)
 
 
-def _both(*see: Callable[[Site], None]) -> Callable[[Site], None]:
+def _both(layers: dict[str, int], *see: Callable[[Site], None]) -> Callable[[Site], None]:
     def seen(site: Site) -> None:
+        site.layer = layers.get(site.name, site.layer)
         for each in see:
             each(site)
 
     return seen
 
 
-def _attention_names(subject: Subject) -> list[str]:
-    """The modules of self-attention over all tokens of a sample, by one run."""
-    names: list[str] = []
+def _layers(subject: Subject) -> tuple[dict[str, int], int]:
+    """The modules of self-attention over all tokens of a sample with their layers, and how many others."""
+    layers: dict[str, int] = {}
+    others: set[str] = set()
     tokens = len(subject.samples[0])
 
     def see(site: Site) -> None:
         if not site.cross and site.shape[0] == 1 and site.shape[2:] == (tokens, tokens):
-            names.append(site.name)
+            layers[site.name] = site.layer
+        elif not site.cross:
+            others.add(site.name)
 
     with capture(subject.model, see):
         subject.run(subject.samples[0])
-    if not names:
+    if not layers:
         raise ValueError(
             f"{type(subject.model).__name__} has no self-attention over the {tokens} tokens of the input; "
             "heedful inspects models whose attention works on all tokens"
         )
-    return names
+    return layers, len(others - layers.keys())
 
 
 def _importance(
-    subject: Subject, tell: Callable[[str, int, int], None]
+    subject: Subject, modules: Container[str], tell: Callable[[str, int, int], None]
 ) -> tuple[dict[tuple[str, int], float], bool]:
     logits, _ = subject.outcomes()
     found = head_importance_by_pruning(
         subject.model,
         lambda: subject.outcomes()[1],
         measure=jensen_shannon if logits else cosine_distance,
+        modules=modules,
         on_head=lambda done, of: tell("silencing heads", done, of),
     )
     means = found.mean.tolist()

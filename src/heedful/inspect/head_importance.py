@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from heedful.inspect.capture import capture
 from heedful.inspect.site import Site
+from heedful.ops.call import Call
+from heedful.ops.observe import change
 from heedful.registry import register
 
 
@@ -25,7 +27,8 @@ def silenced(model: nn.Module, heads: Iterable[tuple[str, int]]) -> Iterator[Non
 
     heads: pairs (name of the attention module, head), as `Site.name` has them. Zeros are not uniform
     attention: the head adds nothing. Serves transformers models that heedful can tap and models of
-    scaled_dot_product_attention (timm) or torch.nn.MultiheadAttention; ValueError for modules of neither.
+    heedful.attention, scaled_dot_product_attention (timm) or torch.nn.MultiheadAttention. ValueError for
+    names of no module, and at the end for modules that ran without a call of these.
     """
     chosen: dict[str, list[int]] = {}
     for name, head in heads:
@@ -58,6 +61,15 @@ def _tapped(model: Any, chosen: dict[str, list[int]]) -> Any:
 @contextmanager
 def _hooked(model: nn.Module, chosen: dict[str, list[int]]) -> Iterator[None]:
     at_work: list[str] = []
+    entered: set[str] = set()
+    silent: set[str] = set()
+
+    def quiet(out: Tensor, axis: int) -> Tensor:
+        silent.add(at_work[-1])
+        return out.index_fill(axis, torch.tensor(chosen[at_work[-1]], device=out.device), 0.0)
+
+    def ends(call: Call, out: Tensor) -> Tensor:
+        return quiet(out, 1) if at_work else out
 
     class Silence(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,13 +81,18 @@ def _hooked(model: nn.Module, chosen: dict[str, list[int]]) -> Iterator[None]:
                 args[11] = args[11].clone()
                 for head in chosen[at_work[-1]]:
                     args[11][:, head * width : (head + 1) * width] = 0
+                silent.add(at_work[-1])
             out = func(*args, **kwargs)
             if at_work and func is F.scaled_dot_product_attention:
-                out = out.index_fill(-3, torch.tensor(chosen[at_work[-1]], device=out.device), 0.0)
+                out = quiet(out, -3)
             return out
 
     def enter(name: str) -> Callable:
-        return lambda module, args: at_work.append(name)
+        def hook(module: nn.Module, args: Any) -> None:
+            at_work.append(name)
+            entered.add(name)
+
+        return hook
 
     modules = dict(model.named_modules())
     unknown = sorted(set(chosen) - set(modules))
@@ -89,13 +106,15 @@ def _hooked(model: nn.Module, chosen: dict[str, list[int]]) -> Iterator[None]:
     try:
         for module in by_hand:
             module.fused_attn = True  # type: ignore[assignment]
-        with Silence():
+        with Silence(), change(ends):
             yield
     finally:
         for module in by_hand:
             module.fused_attn = False  # type: ignore[assignment]
         for handle in handles:
             handle.remove()
+    if loud := sorted(entered - silent):
+        raise ValueError(f"heads are of {loud[0]!r}, which made no attention call that can be silenced")
 
 
 def jensen_shannon(before: Float[Tensor, "*b c"], after: Float[Tensor, "*b c"]) -> Float[Tensor, "*b"]:
@@ -151,6 +170,7 @@ def head_importance_by_pruning(
     *,
     measure: Callable[[Tensor, Tensor], Tensor] = cosine_distance,
     keep_only: bool = False,
+    modules: Container[str] | None = None,
     on_head: Callable[[int, int], None] | None = None,
 ) -> HeadImportance:
     """What the output of `run` loses with each head of self-attention, one pass for each head.
@@ -160,6 +180,7 @@ def head_importance_by_pruning(
                `probability_drop` and `accuracy_drop` with labels
     keep_only  silence all other heads of the layer instead, so that the number tells how much is lost where
                this head alone is left
+    modules    the names of those whose heads are asked for; None: all
     on_head    told the number of heads done and of all
 
     A head whose slice of the output projection is zero has importance 0.
@@ -168,7 +189,7 @@ def head_importance_by_pruning(
     found: dict[tuple[str, int], int] = {}
 
     def see(site: Site) -> None:
-        if not site.cross:
+        if not site.cross and (modules is None or site.name in modules):
             found[site.name, site.layer] = site.shape[1]
 
     with capture(model, see):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup, escape
+from PIL import Image
 from torch import nn
 
 from heedful import __version__
-from heedful.inspect import charts
+from heedful.inspect import charts, explanation_section
 from heedful.inspect.findings import Findings, inspect_model
 from heedful.inspect.head_profile import habits, lag_names
-from heedful.inspect.plain_words import loss, plain_words
+from heedful.inspect.plain_words import loss, percent, plain_words
 from heedful.inspect.sample import Sample, Subject, of_ids
+from heedful.inspect.views import View
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,16 @@ def write_html(found: Findings, path: str | Path) -> None:
 
 def _about(found: Findings) -> str:
     parameters = sum(p.numel() for p in found.subject.model.parameters())
-    what = "images" if found.image else "texts"
+    samples = found.subject.samples
+    what = "image" if found.image else "text"
+    layers = f"{len(found.layers)} layers"
+    if samples[0].grid is not None:
+        layers += f" that attend over {samples[0].grid[0]} × {samples[0].grid[1]} patches"
+    if found.others:
+        layers += f" ({found.others} over other tokens are left out)"
     return (
-        f"{type(found.subject.model).__name__} · {parameters:,} parameters · {len(found.layers)} layers, "
-        f"{len(found.heads)} heads · {len(found.subject.samples)} {what}"
+        f"{type(found.subject.model).__name__} · {parameters:,} parameters · {layers}, "
+        f"{len(found.heads)} heads · {len(samples)} {what}{'s' * (len(samples) > 1)}"
     )
 
 
@@ -126,19 +135,14 @@ def _importance(found: Findings) -> Section:
 
 def _sinks(found: Findings) -> Section:
     parts = []
+    rows = [f"layer {layer + 1}" for layer in found.layers]
     for view in found.views[:3]:
-        labels = view.sample.labels
-        rows = [f"layer {layer + 1}" for layer in found.layers]
+        parts.append(Markup("<h3>{}</h3>").format(view.sample.title))
         if found.image:
-            prefix = view.sample.prefix
-            order = [
-                *range(prefix),
-                *(prefix + view.received[:, prefix:].max(0).argsort()[::-1][: 16 - prefix]),
-            ]
-            received, labels = view.received[:, order], [labels[i] for i in order]
-        else:
-            received, labels = view.received[:, :60], labels[:60]
-        parts.append(Markup("<h3>{}</h3><div class='wide'>").format(view.sample.title))
+            parts.append(_received(view, rows))
+            continue
+        parts.append(Markup("<div class='wide'>"))
+        received, labels = view.received[:, :60], view.sample.labels[:60]
         parts.append(charts.heat(received, rows, labels, "attention received by token", slanted=True))
         parts.append(Markup("</div>"))
     if found.peaks:
@@ -157,7 +161,38 @@ def _sinks(found: Findings) -> Section:
     lead = (
         "How much attention a token gets from each token that may see it, the mean over the heads of a layer."
     )
+    if found.image:
+        lead += " A picture is bright where its patches get the most; below it is how much the top one gets."
     return Section("sinks", "Sinks", lead, Markup("").join(parts))
+
+
+def _received(view: View, rows: Sequence[str]) -> Markup:
+    """The picture once for each layer, at most twelve of them, bright where attention comes in."""
+    prefix = view.sample.prefix
+    parts = []
+    for i in np.unique(np.linspace(0, len(rows) - 1, min(12, len(rows))).round().astype(int)):
+        received = view.received[i]
+        place = prefix + int(received[prefix:].argmax())
+        told = [f"{view.sample.labels[j]}: {percent(float(received[j]))}" for j in range(prefix)]
+        row, column = view.sample.labels[place].split(",")
+        told.append(f"row {row}, column {column}: {percent(float(received[place]))}")
+        parts.append(_veiled(view.sample, received[prefix:], rows[i], *told))
+    return Markup("<div class='film'>{}</div>").format(Markup("").join(parts))
+
+
+def _veiled(sample: Sample, shares: np.ndarray, *caption: str) -> Markup:
+    """A picture, darker where its patches have less, with lines of text below."""
+    assert sample.grid is not None
+    alpha = 200 * (1 - np.sqrt(shares.clip(0) / max(shares.max(), 1e-12))).reshape(sample.grid)
+    veil = np.stack([np.zeros_like(alpha), alpha], axis=-1).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(veil, "LA").save(buffer, "PNG")
+    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    lines = Markup("<br>").join(line.replace(" %", "\xa0%") for line in caption)
+    return Markup(
+        '<figure class="veiled"><div><img src="{}" alt=""><img class="veil" src="{}" alt=""></div>'
+        "<figcaption>{}</figcaption></figure>"
+    ).format(sample.picture, address, lines)
 
 
 def _distance(found: Findings) -> Section:
@@ -201,19 +236,9 @@ def _rollout(found: Findings) -> Section | None:
         assert view.rollout is not None
         share = view.rollout / view.rollout.max()
         if view.sample.grid is not None:
-            height, width = view.sample.grid
-            patches = view.rollout[view.sample.prefix :].reshape(height, width)
-            patches = patches / patches.max()
-            cells = "".join(
-                f'<rect x="{x}" y="{y}" width="1" height="1" fill="#000" '
-                f'fill-opacity="{0.8 * (1 - patches[y, x]):.2f}"/>'
-                for y in range(height)
-                for x in range(width)
-            )
-            parts.append(
-                f'<figure class="rolled"><img src="{view.sample.picture}" alt=""><svg viewBox="0 0 {width} '
-                f'{height}" preserveAspectRatio="none" shape-rendering="crispEdges">{cells}</svg></figure>'
-            )
+            whose = "the class token" if view.sample.reads == slice(0, 1) else "all patches"
+            caption = (view.sample.title, f"what {whose} at the top are made of")
+            parts.append(_veiled(view.sample, view.rollout[view.sample.prefix :], *caption))
             continue
         words = " ".join(
             f'<span style="background:rgba(217,95,2,{0.85 * s:.2f})" title="{100 * r:.1f} %">'
@@ -228,6 +253,11 @@ def _rollout(found: Findings) -> Section | None:
     return Section("rollout", "What reaches the output", lead, Markup("".join(parts)))
 
 
+def _explanations(found: Findings) -> Section:
+    body = explanation_section.body(found.explanations)
+    return Section("reasons", "What the output rests on", explanation_section.LEAD, body)
+
+
 # The page in order. A section gives None where it has nothing to show.
 SECTIONS: list[Callable[[Findings], Section | None]] = [
     _words,
@@ -237,6 +267,7 @@ SECTIONS: list[Callable[[Findings], Section | None]] = [
     _distance,
     _entropy,
     _rollout,
+    _explanations,
 ]
 
 

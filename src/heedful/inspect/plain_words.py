@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 
+from heedful.inspect.explanation_section import plain as reasons
 from heedful.inspect.findings import Findings, Head
 from heedful.inspect.head_profile import Habit
 
@@ -37,6 +38,7 @@ def plain_words(found: Findings) -> list[tuple[str, str]]:
         ("How far it looks", _distance(found)),
         ("How sharp it is", _entropy(found)),
         *([("Loud channels", _peaks(found))] if found.peaks else []),
+        *([("What it rests on", reasons(found.explanations))] if found.explanations.samples else []),
     ]
 
 
@@ -95,16 +97,20 @@ def _sinks(found: Findings) -> str:
     ]
     most = int(np.argmax(special))
     what = "the class or register tokens" if found.image else "special tokens or the first token"
-    text = (
-        f"On average {percent(float(np.mean(special)))} of the attention goes to {what}; most, "
-        f"{percent(special[most])}, in layer {found.layers[most] + 1}. "
-    )
     view = found.views[0]
+    text = ""
+    if not found.image or view.sample.prefix:
+        text = (
+            f"On average {percent(float(np.mean(special)))} of the attention goes to {what}; most, "
+            f"{percent(special[most])}, in layer {found.layers[most] + 1}. "
+        )
     layer, token = np.unravel_index(int(view.received.argmax()), view.received.shape)
-    label, share = view.sample.labels[token], float(view.received[layer, token])
+    label, share = f"“{view.sample.labels[token]}”", float(view.received[layer, token])
+    if found.image and token >= view.sample.prefix:
+        label = "the patch in row {}, column {}".format(*view.sample.labels[token].split(","))
     text += (
-        f"In the first example the strongest sink is “{label}” in layer {found.layers[layer] + 1}: "
-        f"every token gives it {percent(share)} of its attention on average. "
+        f"In the first example the strongest sink is {label} in layer {found.layers[layer] + 1}: "
+        f"every {'patch' if found.image else 'token'} gives it {percent(share)} of its attention on average. "
     )
     if np.max(special) > 0.4:
         text += "Heads commonly rest there when they have nothing to add."

@@ -21,6 +21,8 @@ class Sample:
     ids      token ids; None for images
     grid     (height, width) in patches, of images; the special tokens come before them
     picture  of images, a data: address
+    reads    the tokens of the last layer that the output is made of; None: the last one behind a causal mask,
+             else all
     """
 
     title: str
@@ -30,6 +32,7 @@ class Sample:
     ids: Int[Tensor, " m"] | None = None
     grid: tuple[int, int] | None = None
     picture: str | None = None
+    reads: slice | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

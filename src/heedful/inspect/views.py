@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from heedful.inspect.head_profile import HeadProfile
-from heedful.inspect.rollout import AttentionRollout
+from heedful.inspect.rollout import rollout_responses
 from heedful.inspect.sample import Sample
 from heedful.inspect.site import Site
 
 SHOWN = 48  # tokens of a text whose tables are kept for the page
+ROLLED = 2048  # tokens of a sample up to which the rollout is made
 
 
 @dataclass
@@ -32,8 +33,7 @@ class Tables:
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
         self.tables: dict[tuple[int, str], np.ndarray] = {}
-        self.rollout: AttentionRollout | None = AttentionRollout() if len(sample) <= 512 else None
-        self.causal = False
+        self.sites: list[Site] = []
 
     @property
     def entries(self) -> int:
@@ -49,9 +49,8 @@ class Tables:
         else:
             weights = _pooled_rows(site.weights()[0].float(), self.sample)
         self.tables[site.layer, site.name] = (weights * 255).round().byte().cpu().numpy()
-        if self.rollout is not None:
-            self.rollout(site)
-            self.causal = not bool(site.visible()[0, 0, 0, -1])
+        if m <= ROLLED:
+            self.sites.append(site)
 
     def view(self, profile: HeadProfile) -> View:
         places = sorted(self.tables)
@@ -61,9 +60,10 @@ class Tables:
             for layer in layers
         ]
         reach = None
-        if self.rollout is not None and self.rollout.table is not None:
-            table = self.rollout.table[0]
-            reach = (table[-1] if self.causal else table.mean(0)).cpu().numpy()
+        if self.sites:
+            causal = not bool(self.sites[-1].visible(slice(0, 1))[0, 0, 0, -1])
+            reads = self.sample.reads or (slice(-1, None) if causal else slice(None))
+            reach = rollout_responses(self.sites, token=reads)[0].cpu().numpy()
         return View(self.sample, np.concatenate([self.tables[p] for p in places]), np.stack(received), reach)
 
 

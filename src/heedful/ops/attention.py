@@ -14,7 +14,7 @@ from heedful.checks import check_choice
 from heedful.ops.backends import flex, reference, sdpa, tiled, triton
 from heedful.ops.bias import FactoredBias
 from heedful.ops.call import Call, Selection
-from heedful.ops.observe import note
+from heedful.ops.observe import changed, note
 from heedful.patterns.causal import Causal
 from heedful.patterns.full import Full
 from heedful.patterns.pattern import Pattern
@@ -86,6 +86,7 @@ def attention(  # type: ignore[misc]  # the overloads name only what changes the
     if name == "reference" or (name == "sdpa" and sdpa.holds_scores(call)):
         _watch_size(call, name)
     out, lse = chosen.run(call)
+    out = changed(call, out)
     if not return_lse:
         return out
     assert lse is not None

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from heedful.ops.call import Call
 from heedful.patterns.pattern import Pattern
@@ -55,6 +56,29 @@ def watch(see: Callable[[Call], None]) -> Iterator[None]:
         yield
     finally:
         _watcher.reset(token)
+
+
+_changer: ContextVar[Callable[[Call, Tensor], Tensor] | None] = ContextVar(
+    "changer of attention outputs", default=None
+)
+
+
+@contextmanager
+def change(output: Callable[[Call, Tensor], Tensor]) -> Iterator[None]:
+    """Put `output(call, out)` in place of what every `heedful.attention` call inside the context gives."""
+    token = _changer.set(output)
+    try:
+        yield
+    finally:
+        _changer.reset(token)
+
+
+def changed(call: Call, out: Tensor) -> Tensor:
+    """What a changer, where there is one, makes of an output."""
+    if torch.compiler.is_compiling():
+        return out
+    output = _changer.get()
+    return out if output is None else output(call, out)
 
 
 def note(call: Call) -> None:
