@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from heedful import registry
-from heedful.bench.mechanisms import sparse_mixers
+from heedful.bench.mechanisms import INNER_TRAINING, sparse_mixers
 
 # What is small beside the lengths below; all else is the default.
 GIVEN: dict[str, dict[str, Any]] = {
@@ -33,8 +33,6 @@ GIVEN: dict[str, dict[str, Any]] = {
     "titans-mag": {"window": 64},
     "titans-mal": {"window": 64},
 }
-# They train a network inside the layer, step by step: shorter, for the time it takes.
-SLOW = ("neural-memory", "titans-mac", "titans-mag", "titans-mal", "titans-pytorch-memory")
 
 
 class Sizes(TorchDispatchMode):
@@ -78,7 +76,7 @@ def sizes(name: str, n: int) -> Sizes:
 @pytest.mark.parametrize("name", sparse_mixers())
 def test_buffers_grow_with_the_length_and_not_with_its_square(name):
     # What is held a piece at a time is held up to 2^23 numbers: the square of the length must be more.
-    n = 1024 if name in SLOW else 4096
+    n = 1024 if name in INNER_TRAINING else 4096  # for the time these take
     short, long = sizes(name, n // 2), sizes(name, n)
     assert long.largest < n * n / 2
     assert long.largest < 3 * short.largest

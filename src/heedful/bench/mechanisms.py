@@ -20,6 +20,8 @@ from heedful.ops.observe import observe
 from heedful.registry import index
 
 DIM, HEADS = 256, 4
+# These train a network inside the layer, token by token: minutes at 8192 tokens, and gigabytes.
+INNER_TRAINING = ("neural-memory", "titans-mac", "titans-mag", "titans-mal", "titans-pytorch-memory")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ def sparse_mixers() -> list[str]:
         for e in index().values()
         if e.kind == "sequence" and e.causal != "never" and {"sparse", "linear"} & set(e.tags)
     )
+
+
+def default_mixers() -> list[str]:
+    """The sparse mixers that are measured unless the user names others."""
+    return [name for name in sparse_mixers() if name not in INNER_TRAINING]
 
 
 def sparse_grid_mixers(axes: int) -> list[str]:

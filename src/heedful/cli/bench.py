@@ -42,7 +42,7 @@ def _ops(
         str | None,
         typer.Option(
             help="With --mechanisms: names, with arguments where wanted: superlinear,moa:beta=0.25; "
-            "default: sparse and linear."
+            "default: sparse and linear, but for those that train a network inside."
         ),
     ] = None,
     grid: Annotated[
@@ -128,7 +128,7 @@ def _mechanisms(
     from heedful.bench import mechanisms as bench
 
     if names is None:
-        listed = bench.sparse_mixers() if kind == "sequence" else bench.sparse_grid_mixers(len(sizes[0]))
+        listed = bench.default_mixers() if kind == "sequence" else bench.sparse_grid_mixers(len(sizes[0]))
         names = ",".join(listed)
     console = Console()
     found = []
