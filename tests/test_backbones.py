@@ -21,7 +21,28 @@ BACKBONES = {
     name: cls for name, cls in FAMILIES.items() if isinstance(cls, type) and issubclass(cls, Backbone)
 }
 UNITS = {"K": 1e3, "M": 1e6, "G": 1e9}
-SIDES = {named.name: named.size for named in models.list()}
+
+# Where published multiply-adds are no count of products and convolutions: what is counted, and why.
+SOFTMAX = "published without the products of attention"
+SCANS = "published with norms, steps of scans and interpolation"
+COUNTED = {
+    "a2mamba_base": ("11.3G", "published for another base than the released one"),
+    "gcvit_xtiny": ("2.91G", SOFTMAX),
+    "gcvit_tiny2": ("6.18G", SOFTMAX),
+    "gcvit_small2": ("11.5G", SOFTMAX),
+    "mambaout_femto": ("1.148G", "published with norms"),
+    "msvmamba_nano": ("0.844G", SCANS),
+    "msvmamba_micro": ("1.48G", SCANS),
+    "msvmamba_tiny": ("4.51G", SCANS),
+    "ravlt_tiny": ("2.61G", SOFTMAX),
+    "ravlt_small": ("4.88G", SOFTMAX),
+    "ravlt_base": ("10.6G", SOFTMAX),
+    "ravlt_large": ("17.2G", SOFTMAX),
+    "spectformer_h_small": ("4.07G", SOFTMAX),
+    "spectformer_h_base": ("6.61G", SOFTMAX),
+    "spectformer_h_large": ("13.2G", SOFTMAX),
+    "transnext_micro": ("2.63G", "published with products that are made place by place of a window"),
+}
 
 
 @pytest.mark.parametrize("check", sorted(CHECKS))
@@ -41,18 +62,22 @@ def test_published_parameters(name):
 
 @pytest.mark.parametrize("name", [named.name for named in models.list() if named.flops])
 def test_published_flops(name):
-    """Within 2 %, or half a unit of the last published digit."""
+    """Within 2 %, or half a unit of the last published digit; else as is said in COUNTED, and no nearer."""
     named = models.find(name)
     try:
         counted = count(named, "meta")
     except RuntimeError:  # routing looks at numbers, and some operators do not know the device
         counted = count(named, "cpu")
-    number, unit = re.fullmatch(r"([\d.]+)([KMG])", named.flops).groups()
-    digit = 10.0 ** -len(number.partition(".")[2])
-    wanted = float(number) * UNITS[unit]
-    assert abs(counted - wanted) <= max(0.02 * wanted, 0.5 * digit * UNITS[unit]), (
-        f"{counted / UNITS[unit]:.4g}"
-    )
+    if name in COUNTED:
+        assert not near(counted, named.flops)
+    wanted, _ = COUNTED.get(name, (named.flops, ""))
+    assert near(counted, wanted), f"{counted:.4g}"
+
+
+def near(counted, told):
+    number, unit = re.fullmatch(r"([\d.]+)([KMG])", told).groups()
+    wanted, digit = float(number), 10.0 ** -len(number.partition(".")[2])
+    return abs(counted / UNITS[unit] - wanted) <= max(0.02 * wanted, 0.5 * digit)
 
 
 def count(named, device):

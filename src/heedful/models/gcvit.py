@@ -19,14 +19,13 @@ from heedful.models.backbone import Backbone, head
 from heedful.models.parts import DropPath, LayerNorm2d, LayerScale, Mlp, drop_path_rates
 from heedful.registry import register
 
-# The multiply-adds published for xtiny (2.6G), tiny2 (5.5G) and small2 (10.7G) are not those of these depths:
-# the count gives 2.9G, 6.2G and 11.5G. From tiny to tiny2, 10 blocks of stage 3 would cost 0.08G each, and
-# from xtiny to tiny 13 blocks of the same kind 0.16G each; a block has 0.14G.
+# The multiply-adds published for xtiny, tiny2 and small2 leave out the products of attention (without them
+# 2.68, 5.50 and 10.7 G, with them 2.91, 6.18 and 11.5 G); those published for the others hold them.
 CONFIGS = {
     "gcvit_xxtiny": {"parameters": 11_995_428, "flops": "2.1G", "arguments": {"depths": (2, 2, 6, 2)}},
-    "gcvit_xtiny": {"parameters": 19_981_294, "arguments": {"depths": (3, 4, 6, 5)}},
+    "gcvit_xtiny": {"parameters": 19_981_294, "flops": "2.6G", "arguments": {"depths": (3, 4, 6, 5)}},
     "gcvit_tiny": {"parameters": 28_221_974, "flops": "4.7G", "arguments": {}},
-    "gcvit_tiny2": {"parameters": 34_535_654, "arguments": {"depths": (3, 4, 29, 5)}},
+    "gcvit_tiny2": {"parameters": 34_535_654, "flops": "5.5G", "arguments": {"depths": (3, 4, 29, 5)}},
     "gcvit_small": {
         "parameters": 51_092_173,
         "flops": "8.5G",
@@ -34,6 +33,7 @@ CONFIGS = {
     },
     "gcvit_small2": {
         "parameters": 68_615_197,
+        "flops": "10.7G",
         "arguments": {
             "depths": (3, 4, 23, 5),
             "dim": 96,

@@ -16,12 +16,16 @@ from heedful.models.backbone import Backbone, head
 from heedful.models.parts import DropPath, LayerNorm2d, ResidualConvMlp, drop_path_rates, init_linear
 from heedful.registry import register
 
-# No "flops": the published 0.88, 1.53 and 4.61 G count norms and the steps of the scans too, some 4, 3 and
-# 2 % of the whole; products and convolutions alone, as counted here, are 0.84, 1.48 and 4.52 G.
+# The published multiply-adds hold 5 a normed number, 10 a step of the scans and 4 an interpolated number;
+# products and convolutions alone, as counted here, are 0.844, 1.48 and 4.51 G.
 CONFIGS = {
-    "msvmamba_nano": {"parameters": 6_864_136, "arguments": {"dims": (48, 96, 192, 384)}},
-    "msvmamba_micro": {"parameters": 11_879_272, "arguments": {"dims": (64, 128, 256, 512)}},
-    "msvmamba_tiny": {"parameters": 33_046_312, "arguments": {"depths": (1, 2, 9, 2)}},
+    "msvmamba_nano": {"parameters": 6_864_136, "flops": "0.88G", "arguments": {"dims": (48, 96, 192, 384)}},
+    "msvmamba_micro": {
+        "parameters": 11_879_272,
+        "flops": "1.53G",
+        "arguments": {"dims": (64, 128, 256, 512)},
+    },
+    "msvmamba_tiny": {"parameters": 33_046_312, "flops": "4.61G", "arguments": {"depths": (1, 2, 9, 2)}},
 }
 
 
