@@ -131,6 +131,8 @@ def _mechanisms(
         listed = bench.default_mixers() if kind == "sequence" else bench.sparse_grid_mixers(len(sizes[0]))
         names = ",".join(listed)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file has room for whole names
     found = []
     try:
         with console.status("measuring") as status:
