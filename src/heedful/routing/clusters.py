@@ -141,6 +141,10 @@ def cluster_nearest(
     if n == 0:
         nothing = torch.full((b, h, 0, 1), -1, device=device)
         return TokenGroups(nothing, nothing, (n, m))
+    if n < k:  # decoding: the centroids that are asked for are enough
+        asked = query_cluster[..., None].expand(-1, -1, -1, m)
+        key_scores, k = key_scores.gather(2, asked), n
+        query_cluster = torch.arange(n, device=device).expand(b, h, n)
     rank, order = ranks(key_scores, None if key_mask is None else key_mask[:, None, None])
     keep = min(window, m)
 
