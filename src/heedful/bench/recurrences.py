@@ -16,6 +16,9 @@ from heedful.ops.delta import gated_delta_rule
 from heedful.ops.linear import linear_attention
 from heedful.ops.scan import selective_scan
 
+Call = tuple[Callable[[], Any], list[Tensor]]  # an operator's call, and the tensors that take gradients
+Make = Callable[[int, str], Call]
+
 HEADS, WIDTH, STATE = 4, 64, 16  # STATE: numbers a channel of the selective scan
 DENSE_UP_TO = 16384  # tokens; beyond, one dense pass takes minutes on two cores
 FLAT_FROM = 4096  # tokens; below, what does not grow with length still shows
@@ -79,10 +82,10 @@ def _decay(*size: int, device: str) -> Tensor:
     return F.logsigmoid(torch.randn(size, device=device) + 3).requires_grad_()
 
 
-def _linear(*decay: int | None) -> Callable[[int, str], tuple[Callable[[], Tensor], list[Tensor]]]:
+def _linear(*decay: int | None) -> Make:
     """Linear attention with decays of this shape; None stands for the tokens."""
 
-    def make(n: int, device: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    def make(n: int, device: str) -> Call:
         q, k, v = _tokens(n, device)
         g = _decay(*(n if size is None else size for size in decay), device=device) if decay else None
         return lambda: linear_attention(q, k, v, log_decay=g), [q, k, v] + ([g] if g is not None else [])
@@ -90,17 +93,17 @@ def _linear(*decay: int | None) -> Callable[[int, str], tuple[Callable[[], Tenso
     return make
 
 
-def _delta(n: int, device: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def _delta(n: int, device: str) -> Call:
     q, k, v = _tokens(n, device)
     beta, g = _leaf(1, HEADS, n, device=device), _decay(1, HEADS, n, device=device)
 
-    def step() -> Tensor:
+    def step() -> Any:
         return gated_delta_rule(q, F.normalize(k, dim=-1), v, beta.sigmoid(), g)
 
     return step, [q, k, v, beta, g]
 
 
-def _scan(n: int, device: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def _scan(n: int, device: str) -> Call:
     channels = HEADS * WIDTH
     u, delta = _leaf(1, channels, n, device=device), _leaf(1, channels, n, device=device)
     B, C = _leaf(1, STATE, n, device=device), _leaf(1, STATE, n, device=device)
@@ -108,7 +111,7 @@ def _scan(n: int, device: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
     return lambda: selective_scan(u, delta, A, B, C, delta_softplus=True), [u, delta, A, B, C]
 
 
-OPS: dict[str, Callable[[int, str], tuple[Callable[[], Tensor], list[Tensor]]]] = {
+OPS: dict[str, Make] = {
     "linear": _linear(),
     "linear-head-decay": _linear(HEADS),
     "linear-token-decay": _linear(1, HEADS, None),
@@ -121,7 +124,7 @@ OPS: dict[str, Callable[[int, str], tuple[Callable[[], Tensor], list[Tensor]]]] 
 def _measure(name: str, length: int, device: str, repeats: int) -> Pace:
     run, leaves = OPS[name](length, device)
 
-    def forward() -> Tensor:
+    def forward() -> object:
         with torch.no_grad():
             return run()
 
@@ -130,7 +133,8 @@ def _measure(name: str, length: int, device: str, repeats: int) -> Pace:
 
     memory = peak_memory(both, device)
     if length > DENSE_UP_TO:
-        return Pace(name, length, *best_times([forward, both], repeats, device), memory)
+        alone = best_times([forward, both], repeats, device)
+        return Pace(name, length, alone[0], alone[1], memory)
     q, k, v = _tokens(length, device)
 
     def dense() -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heedful.kept import kept
 from heedful.ops.bias import FactoredBias
 from heedful.patterns.pattern import Pattern
 from heedful.selection import BlockTable, TokenGroups
@@ -88,7 +88,7 @@ def _join(x: Tensor, factor: Tensor) -> Tensor:
     return F.pad(joined, (0, -joined.shape[-1] % 8))  # widths that are multiples of 8 suit fused kernels
 
 
-@lru_cache(maxsize=32)
+@kept(32)
 def _small_dense_mask(pattern: Pattern, n: int, m: int, offset: int, device: torch.device) -> Tensor:
     return pattern.mask(n, m, query_offset=offset, device=device)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from heedful.kept import kept
 from heedful.ops.counting import counting
 from heedful.patterns.neighborhood import Neighborhood
 
@@ -116,7 +116,7 @@ class _Tiles(NamedTuple):
         return rearrange(y, "b h (g t) (r s) d -> b h g r (t s) d", g=len(rows), r=len(columns))
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _tiles(near: NeighborhoodMap, device: torch.device) -> _Tiles:
     axes = [_axis(*each) for each in zip(near.size, near.window, near.dilation, strict=True)]
     (*rows, down), (*columns, across) = [[torch.tensor(x, device=device) for x in axis] for axis in axes]

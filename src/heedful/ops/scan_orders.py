@@ -8,7 +8,6 @@ A sequence in the order is `x[..., order]`, and `y[..., inverse_order(order)]` b
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from heedful.checks import check_choice, check_positive
+from heedful.kept import kept
 
 ROUTES = ("raster", "snake", "diagonal", "spiral")
 
@@ -126,7 +126,7 @@ def scan_routes(name: str, size: Sequence[int]) -> Int[Tensor, "4 n"]:
     return routes(name, *size).clone()
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def _routes(name: str, height: int, width: int) -> Int[Tensor, "4 n"]:
     tokens = token_numbers((height, width))
     if name == "diagonal":

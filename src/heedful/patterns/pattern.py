@@ -8,7 +8,6 @@ of queries with common keys.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -18,6 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from heedful.checks import check_positive
+from heedful.kept import kept
 from heedful.selection import BlockTable, TokenGroups
 from heedful.selection.block_table import MaskFn
 
@@ -276,7 +276,7 @@ class Not(Pattern):
         return f"~{self.inner}"
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def _block_table(
     pattern: Pattern, n: int, m: int, offset: int, block_size: tuple[int, int], device: torch.device
 ) -> BlockTable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from heedful.checks import check_positive
+from heedful.kept import kept
 from heedful.patterns.pattern import Pattern
 from heedful.patterns.separable import brief, grid_shape
 from heedful.patterns.table import Table
@@ -104,7 +104,7 @@ class Radial(Pattern):
         return f"Radial({', '.join(parts)})"
 
 
-@functools.lru_cache(maxsize=16)
+@kept(16)
 def _seen_blocks(
     frames: int, tokens: int, decay: float, size: int, sink_frame: bool, text: int
 ) -> Bool[Tensor, "nb nb"]:
@@ -133,7 +133,7 @@ def _reach(distance: int, tokens: int, decay: float, size: int) -> int | None:
     return tokens if distance <= 1 else int(max(length * decay, size))
 
 
-@functools.lru_cache(maxsize=1024)
+@kept(1024)
 def _kept(tokens: int, reach: int, above: int, left: int, size: int) -> Bool[Tensor, "rows columns"]:
     """The blocks kept for one pair of frames that begin `above` and `left` of a block border."""
     blocks = -(-tokens // size)  # of the slice beyond these, if there is one, the authors take no account

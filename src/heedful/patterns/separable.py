@@ -5,7 +5,6 @@ Grids are flattened row-major: the last axis runs fastest.
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from heedful.checks import check_positive
+from heedful.kept import kept
 from heedful.patterns.pattern import Pattern
 from heedful.selection import TokenGroups
 from heedful.selection.block_table import MaskFn
@@ -211,7 +211,7 @@ def _boxes(lo: Tensor, hi: Tensor, shape: Sequence[int]) -> list[tuple[list[tupl
     return boxes
 
 
-@functools.lru_cache(maxsize=16)
+@kept(16)
 def _groups(pattern: Separable, device: torch.device) -> TokenGroups:
     axes = pattern.axes
     shape = [axis.size for axis in axes]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from heedful.checks import check_positive
+from heedful.kept import kept
 
 _Vector = tuple[int, int, int]
 
@@ -47,7 +47,7 @@ def _check_size(size: Sequence[int]) -> None:
         check_positive(f"size[{axis}]", length)
 
 
-@functools.lru_cache(maxsize=16)
+@kept(16)
 def _order(size: tuple[int, ...]) -> Int[Tensor, " n"]:
     _, height, width = size
     lengths = (width, height, size[0])
@@ -58,7 +58,7 @@ def _order(size: tuple[int, ...]) -> Int[Tensor, " n"]:
     return torch.tensor([(z * height + y) * width + x for x, y, z in _curve((0, 0, 0), a, b, c)])
 
 
-@functools.lru_cache(maxsize=16)
+@kept(16)
 def _neighbors(size: tuple[int, ...], block_size: int) -> Bool[Tensor, "g g"]:
     tokens = math.prod(size)
     block = torch.empty(tokens, dtype=torch.int64)

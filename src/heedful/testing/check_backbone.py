@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heedful.kept import forget
 from heedful.models.backbone import Backbone
 
 CLASSES = 3
@@ -77,6 +78,16 @@ def gradients(cls: type[Backbone]) -> None:
     y = model(image(model, batch=3))
     y.square().sum().backward()
     _all_reached(model)
+
+
+def training_after_inference(cls: type[Backbone]) -> None:
+    """What a pass in torch.inference_mode keeps serves the training that follows."""
+    model = make(cls)
+    x = image(model)
+    forget()
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
 
 
 def any_size(cls: type[Backbone]) -> None:
@@ -149,6 +160,7 @@ CHECKS: dict[str, Callable[[type[Backbone]], None]] = {
         logits,
         pyramid,
         gradients,
+        training_after_inference,
         any_size,
         batch_rows,
         channels_in,

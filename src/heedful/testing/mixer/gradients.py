@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from heedful.kept import forget
 from heedful.testing.mixer.check import check
 from heedful.testing.subject import (
     DIFFERENCE_STEP,
@@ -50,6 +51,18 @@ def input_gradient(subject: Subject) -> None:
     (grad,) = torch.autograd.grad(functional(y), inputs["x"], materialize_grads=True)
     assert_finite(grad, "the gradient of x")
     assert bool(grad.any()), "expected a gradient of x that is not zero"
+
+
+@check()
+def training_after_inference(subject: Subject) -> None:
+    """What a pass in torch.inference_mode keeps serves the training that follows."""
+    mixer = subject.make(dtype=torch.float64)
+    inputs = mixer.example_inputs(dtype=torch.float64)
+    forget()
+    with torch.inference_mode():
+        run(mixer, inputs)
+    inputs["x"].requires_grad_()
+    torch.autograd.grad(functional(run(mixer, inputs)), inputs["x"], materialize_grads=True)
 
 
 @check()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from heedful.kept import kept
 from heedful.ops.backends.tiled.tile import blind_rows
 from heedful.patterns.pattern import Pattern
 from heedful.selection import FULL, BlockTable
@@ -192,7 +192,7 @@ def key_block(pattern: Pattern) -> int:
     return max((size for size in range(32, 129) if grain % size == 0), default=128)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def pattern_plans(pattern: Pattern, n: int, m: int, offset: int) -> list[Plan]:
     """The plans of a pattern; kept, with their masks, because training repeats the same shapes."""
     # Small query blocks waste less at the edges of a pattern; large ones are fewer.

@@ -8,13 +8,13 @@ query blocks see (sinks, global tokens) are cut into pieces, so that no program 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heedful.kept import kept
 from heedful.ops.backends.triton.bands import Band, bands
 from heedful.ops.backends.triton.bits import Bits, pack
 from heedful.patterns.full import Full
@@ -71,7 +71,7 @@ class Lists:
 _made: WeakKeyDictionary[BlockTable, dict[int, Lists]] = WeakKeyDictionary()
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def pattern_lists(
     pattern: Pattern | None, n: int, m: int, offset: int, repeats: int, device: torch.device
 ) -> Lists:
