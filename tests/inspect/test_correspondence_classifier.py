@@ -93,6 +93,16 @@ def test_matches_of_ones_own():
     assert torch.equal(nearest_cells(ones, ones), torch.zeros_like(own)[None])
 
 
+def test_cross_correlation_by_loops():
+    source, target = drawn(2, 5, G, G) + 0.2, drawn(2, 5, G, G, seed=1) + 0.3
+    found = cross_correlation_map(source, target)
+    for k in range(2):
+        a, b = (x[k].flatten(1) / (16 * x[k].mean((1, 2)).norm()) for x in (source, target))
+        for z in range(16):
+            wanted = sum(float(a[:, z] @ b[:, y]) for y in range(16))
+            assert found[k, z // G, z % G].item() == pytest.approx(wanted)
+
+
 def test_a_map_of_mean_zero_is_finite():
     zero = torch.cat([torch.ones(1, 5, G, G // 2), -torch.ones(1, 5, G, G // 2)], -1)
     assert torch.equal(cross_correlation_map(zero, zero), torch.zeros(1, G, G))

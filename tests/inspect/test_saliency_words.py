@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from heedful.inspect import Snippet, SnippetSearch, saliency_prompt, saliency_words
+from heedful.inspect import (
+    Attribution,
+    Sample,
+    Snippet,
+    SnippetSearch,
+    Subject,
+    saliency_prompt,
+    saliency_words,
+)
+from heedful.inspect.explanation_section import _in_words
+from heedful.inspect.explanations import explain
+from tests.test_tap import made
 
 # Twenty tokens, and what the released code (DFKI-NLP/SMV, 8e7c4b3) finds in them: its golden file.
 TOLD = [0.702, -0.109, 1.111, -0.46, -0.131, 0.668, 0.225, 1.201, 0.294, -0.117]
@@ -137,6 +149,10 @@ def test_summary_by_hand():
         "The word » is « is most important for the prediction. "
         "The word » . « and the word » really « are also salient."
     )
+    apart = torch.zeros(33)
+    apart[[2, 9, 16, 23, 30]] = torch.tensor([3.0, 4, 1, 5, 2])
+    text = saliency_words(WORDS + WORDS[:13], apart, search=SnippetSearch("mean", 0.01))
+    assert text == ("The word » w3 « is most important for the prediction. The word » w9 « is also salient.")
     middle = torch.tensor([0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0.0])
     assert saliency_words(words, middle) == (
         "The span » bad , the film . « is most important for the prediction."
@@ -160,6 +176,21 @@ def test_prompt_has_scores_in_per_cent():
     prompt = saliency_prompt(["not", "bad", "."], torch.tensor([0.2, 0.8, -0.1]), label="positive")
     assert "predicted: positive\n" in prompt and "not\t25\nbad\t100\n.\t-12\n" in prompt
     assert "a\t0\n" in saliency_prompt(["a"], torch.zeros(1), label="x")
+
+
+def test_the_report_tells_what_leads_to_the_text():
+    """Where the number falls from nothing to the text, what lowers it is told; pieces of words are joined."""
+    model, inputs = made("bert")
+    ids, labels = inputs["input_ids"][:1], ["[CLS]", "they", "were", ",", "play", "##ing", "cards", "."]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    sample = Sample("title", inputs, labels, torch.arange(8) == 0, ids[0])
+    (each,) = explain(Subject(model, "m", [sample]), []).samples
+    (found,) = (a for a in each.attributions if a.method == "integrated gradients")
+    assert (saliency_words(labels, found.scores) or "no part").replace(" ##", "") in _in_words(each)
+    lowering = Attribution(found.method, labels, -torch.tensor([0, 0.1, 0, 0, 3, 2, 0, 0.1]))
+    down = replace(each, attributions=[lowering], value=-1.0, nothing=2.0)
+    assert "The phrase » playing « is most important for the prediction." in _in_words(down)
+    assert "no part stands out" in _in_words(replace(down, value=3.0))
 
 
 @pytest.mark.door

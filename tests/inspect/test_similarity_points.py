@@ -41,7 +41,7 @@ def points_by_steps(similarity, size, down_sample, count, t_pos, t_neg):
 
 
 @pytest.mark.parametrize("size", [(60, 90), (48, 48), (75, 40), (31, 97), (5, 7)])
-@pytest.mark.parametrize("options", [(2, 30, 0.8, 0.2), (1, 60, 0.6, 0.2), (3, 500, 0.7, 0.1)])
+@pytest.mark.parametrize("options", [(2, 30, 0.8, 0.2), (1, 60, 0.6, 0.2), (5, 500, 0.7, 0.1)])
 def test_points_by_steps(size, options):
     similarity = drawn(12)
     down_sample, count, t_pos, t_neg = options

@@ -213,7 +213,7 @@ class CorrespondenceClassifier:
 def attended_cells(maps: Float[Tensor, "k g g"], threshold: float = 0.55) -> Bool[Tensor, "k g g"]:
     """Where each map, scaled to [0, 1], is at least the threshold; everywhere where it is flat."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low >= threshold * (high - low)) | (high == low)
+    return maps - low >= threshold * (high - low)
 
 
 def vote(scores: Float[Tensor, " k"], labels: Int[Tensor, " k"], voters: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from markupsafe import Markup, escape
 from heedful.inspect import charts
 from heedful.inspect.deletion import Curve
 from heedful.inspect.explanations import Explanation, Explanations
+from heedful.inspect.saliency_words import saliency_words
 
 COLOURS = {
     "gradient": "#7570b3",
@@ -49,7 +50,15 @@ def _text(each: Explanation) -> Markup:
     methods = [found.method for found in each.attributions]
     fixed = (~each.free).tolist()
     chart = charts.signed_heat(table, methods, each.target.tokens, "scores by token", fixed=fixed)
-    return _heading(each) + Markup("<div class='wide'>{}</div>").format(chart)
+    return _heading(each) + _in_words(each) + Markup("<div class='wide'>{}</div>").format(chart)
+
+
+def _in_words(each: Explanation) -> Markup:
+    """The integrated gradients in a sentence: what leads from the number for nothing to that for the text."""
+    (found,) = (a for a in each.attributions if a.method == "integrated gradients")
+    towards = found.scores if each.value >= each.nothing else -found.scores
+    text = saliency_words(found.tokens, towards).replace(" ##", "")  # pieces of a word joined
+    return Markup("<p>In words, by integrated gradients: {}</p>").format(text or "no part stands out.")
 
 
 def _image(each: Explanation) -> Markup:
@@ -124,8 +133,9 @@ def plain(found: Explanations) -> str:
     """In sentences that need no knowledge of attribution."""
     first = found.samples[0]
     (left_out,) = (a for a in first.attributions if a.method == "occlusion")
-    top = int(left_out.order[0])
-    token, drop = first.target.tokens[top], float(left_out.scores[top]) / (first.value - first.nothing)
+    back = left_out.scores / (first.value - first.nothing)
+    top = int(back.argmax())
+    token, drop = first.target.tokens[top], float(back[top])
     part = f"the patch in row {token.replace(',', ', column ')}" if first.sample.grid else f"“{token}”"
     mean = found.agreement().mean
     rows = found.areas()
