@@ -244,7 +244,7 @@ def test_page_is_whole(page):
     assert not re.search(r"(src|href)=\"(?!data:|#)", text) and "http" not in re.sub(
         r"http://www.w3.org/2000/svg", "", text
     )
-    for key in ("words", "heads", "importance", "sinks", "distance", "entropy", "rollout"):
+    for key in ("words", "heads", "importance", "sinks", "distance", "entropy", "rollout", "reasons"):
         assert f'<section id="{key}">' in text
 
 
@@ -271,6 +271,8 @@ note("dim", document.querySelectorAll("#map .tile.dim").length > 0);
 const select = document.getElementById("sample");
 select.value = 1;
 select.dispatchEvent(new Event("change"));
+note("scores", document.querySelectorAll("#reasons rect title").length);
+note("curves", document.querySelectorAll("#reasons polyline").length);
 document.querySelector(".pick").dispatchEvent(new MouseEvent("click"));
 note("picked", title());
 note("errors", window.errors.length + (window.errors[0] || ""));
@@ -306,6 +308,8 @@ def test_page_in_a_browser(page, tmp_path):
     assert found["tiles"] == "72" and found["errors"] == "0"
     assert found["clicked"] == "Layer 1, head 3" and found["pressed"] == "true"
     assert found["fewer"] == "true" and found["hint"].startswith("“bridge” looks at old")
+    assert int(found["scores"]) == 6 * (13 + 7) + 6 * 6  # tokens, and pairs of methods
+    assert found["curves"] == "14"  # methods and chance, taken away and put in
     assert found["table"] == "1" and found["dim"] == "true"
     assert re.fullmatch(r"Layer \d+, head \d+", found["picked"])
     colours = Image.open(shown).convert("RGB").getcolors(1 << 24)

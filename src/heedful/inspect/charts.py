@@ -189,7 +189,7 @@ def matrix(table: np.ndarray, names: Sequence[str], label: str) -> Markup:
 
 def lines(curves: Sequence[tuple[str, str, np.ndarray]], across: str, label: str) -> Markup:
     """(name, colour, values) over shares from 0 to 1, evenly; without a colour a line is dashed and grey."""
-    width, height, left, right, bottom, top = 346.0, 250.0, 34.0, 22.0, 38.0, 10.0
+    width, height, left, right, bottom, top = 326.0, 250.0, 34.0, 22.0, 38.0, 10.0
     low = min(0.0, *(float(values.min()) for *_, values in curves))
     high = max(1.0, *(float(values.max()) for *_, values in curves))
 
