@@ -117,7 +117,8 @@ def explain(
     views  of the samples, for the rollout of their attention
     """
     rolled = {id(view.sample): view.rollout for view in views}
-    chosen, missing = [], []
+    chosen: list[Sample] = []
+    missing: list[str] = []
     for sample in subject.samples:
         if sample.grid is None and len(sample) > TOKENS:
             missing.append(f"“{sample.title}” has {len(sample)} tokens; at most {TOKENS} are explained.")
@@ -163,12 +164,12 @@ def _explanation(
         for _ in range(RANDOM)
     ]
     ranked = [*(_towards(each, value >= nothing) for each in made), *orders]
-    curves = []
-    for curve_of in (deletion_curve, insertion_curve):
+    curves: dict[str, list[Curve]] = {}
+    for which, curve_of in (("deletion", deletion_curve), ("insertion", insertion_curve)):
         own = [curve_of(target, each, steps=STEPS).between(nothing, value) for each in ranked]
         mean = Curve(own[0].shares, torch.stack([c.values for c in own[len(made) :]]).mean(0))
-        curves.append([*own[: len(made)], mean])
-    return Explanation(sample, target, value, nothing, made, *curves, gap)
+        curves[which] = [*own[: len(made)], mean]
+    return Explanation(sample, target, value, nothing, made, curves["deletion"], curves["insertion"], gap)
 
 
 def _towards(found: Attribution, rises: bool) -> Attribution:
