@@ -245,7 +245,7 @@ def _rollout(found: Findings) -> Section | None:
             f"{escape(label)}</span>"
             for label, s, r in zip(view.sample.labels, share, view.rollout, strict=True)
         )
-        parts.append(f'<p class="rolled">{words}</p>')
+        parts.append(Markup(f'<p class="rolled">{words}</p>'))
     lead = (
         "Attention and residual streams of all layers multiplied: how much of the output is made from each "
         "place of the input (rollout). Attention alone; what the values carry is not in it."
