@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 
 from heedful.cache import (
+    DHSAPrefillCache,
     LayerReuseCache,
     RecycledCache,
     SnapKVCache,
@@ -21,6 +22,7 @@ from heedful.cache import (
 from heedful.cache.layer import PolicyLayer
 from tests.cache_families import FAMILIES, llava, made, qwen2_vl, tokens
 
+DHSA = {"block_size": 2, "chunk_size": 2, "local_tokens": 2, "global_tokens": 1, "instruction_tokens": 2}
 # Each policy with a small budget, and with one that covers 40 tokens.
 POLICIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "streaming": (
@@ -51,8 +53,12 @@ POLICIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda m: LayerReuseCache(m, sources=[None, 0], tokens=4, sinks=1, recent=2),
         lambda m: LayerReuseCache(m, sources=[None, 0], tokens=40, sinks=1, recent=2),
     ),
+    "dhsa": (
+        lambda m: DHSAPrefillCache(m, budget=6, **DHSA),
+        lambda m: DHSAPrefillCache(m, budget=40, **DHSA),
+    ),
 }
-KEEPS_ALL = ("recycled", "recycled-dynamic", "hylra")  # what they save is time
+KEEPS_ALL = ("recycled", "recycled-dynamic", "hylra", "dhsa")  # what they save is time
 HOW = {"max_new_tokens": 9, "do_sample": False}
 
 

@@ -16,6 +16,7 @@ from heedful.torchvision_shim import mend_torchvision
 mend_torchvision()
 
 _LAZY = {
+    "DHSAPrefillCache": "heedful.cache.dhsa_prefill",
     "LayerReuseCache": "heedful.cache.hylra",
     "PolicyCache": "heedful.cache.layer",
     "PolicyLayer": "heedful.cache.layer",

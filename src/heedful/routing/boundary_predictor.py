@@ -97,6 +97,23 @@ def greedy_boundaries(
     return rows
 
 
+def published_boundaries(
+    scores: Float[Tensor, "b n"], *, window: int, threshold: float, most: int, distance: int, end: int
+) -> Int[Tensor, "b c"]:
+    """Boundaries of the chunks that `greedy_boundaries` ends: 0, one past each end, and n.
+
+    The `window` - 1 gaps at the start and the `window` at the end do not count. Rows with fewer chunks end
+    in empty ones.
+    """
+    n = scores.shape[1]
+    scores = scores.detach().clone()
+    scores[:, : window - 1], scores[:, max(0, n - window) :] = -100.0, -100.0
+    rows = greedy_boundaries(scores, threshold=threshold, most=most, distance=distance, end=end)
+    width = max(map(len, rows), default=0)
+    filled = [[0, *(min(t + 1, n) for t in row)] + [n] * (width + 1 - len(row)) for row in rows]
+    return torch.tensor(filled, device=scores.device).view(len(rows), width + 2)
+
+
 def peak_boundaries(scores: Float[Tensor, "b n"], *, threshold: float, distance: int) -> Bool[Tensor, "b n"]:
     """The strict causal choice: gaps above the threshold, the largest within `distance` on both sides.
 

@@ -80,6 +80,7 @@ def chunk_topk(
     window: int | None = None,
     norm: bool = True,
     authors_duplicates: bool = False,
+    query_offset: int = 0,
 ) -> Int[Tensor, "b g k"]:
     """The keys of each block of queries as published: the chunks with the best scores, within a budget.
 
@@ -93,6 +94,7 @@ def chunk_topk(
     authors_duplicates  the budget is spent without thought of global tokens, which then take the place of the
                 first entries; they may repeat keys, and what is not needed repeats the last key. Else keys
                 are all different and -1 fills up
+    query_offset  key position of query 0
 
     A block sees keys up to its own end, so that its queries and chunks of its own future have a say: this
     rule is not causal. Give the result to `key_groups` for `heedful.attention`. No gradient passes.
@@ -107,7 +109,7 @@ def chunk_topk(
     start, stop = boundaries[:, None, :-1], boundaries[:, None, 1:]
     scores = chunk_scores(blocks, key.mean(1), start, stop, norm=norm)
     budget = min(budget, m, m if window is None else window)
-    high = ((torch.arange(count, device=device) + 1) * block_size).clamp(max=m)
+    high = (query_offset + (torch.arange(count, device=device) + 1) * block_size).clamp(max=m)
     low = torch.zeros_like(high) if window is None else (high - window).clamp(min=0)
     local = (high - low).clamp(max=min(local_tokens, budget))
     pinned = torch.zeros_like(local)

@@ -31,8 +31,8 @@ from heedful.routing.boundary_predictor import (
     attention_ratios,
     boundary_loss,
     chunk_ends,
-    greedy_boundaries,
     peak_boundaries,
+    published_boundaries,
 )
 from heedful.routing.chunk_topk import best_tokens, chunk_scores, chunk_topk, key_groups, with_ends
 
@@ -323,18 +323,16 @@ class DynamicHierarchicalSparseAttention(Mixer):
         last = max(0, n - self.instruction_tokens)
         if self.predictor is None or logits is None:
             ends = self._ends(None, n - 1)[0].expand(len(query), -1)
+            boundaries = F.pad(F.pad(ends, (1, 0)), (0, 1), value=n)
         else:
-            w = self.predictor.window
-            scores = logits[:, 0, :, 0].detach().clone()
-            scores[:, : w - 1], scores[:, max(0, n - w) :] = -100.0, -100.0
-            most = n // self.block_size * self.chunk_beta
-            rows = greedy_boundaries(
-                scores, threshold=self.threshold, most=most, distance=self.nms_window, end=last
+            boundaries = published_boundaries(
+                logits[:, 0, :, 0],
+                window=self.predictor.window,
+                threshold=self.threshold,
+                most=n // self.block_size * self.chunk_beta,
+                distance=self.nms_window,
+                end=last,
             )
-            width = max(map(len, rows), default=0)
-            filled = [[min(t + 1, n) for t in row] + [n] * (width - len(row)) for row in rows]
-            ends = torch.tensor(filled, device=query.device).view(len(rows), width)
-        boundaries = F.pad(F.pad(ends, (1, 0)), (0, 1), value=n)
         keys = chunk_topk(
             query[:, :, :last],
             key,
