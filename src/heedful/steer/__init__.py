@@ -38,6 +38,7 @@ _LAZY = {
     "answer_attention": "heedful.steer.carve",
     "contrastive_attention_crop": "heedful.steer.carve",
     "head_hunter": "heedful.steer.headhunter_softpag",
+    "token_grid": "heedful.steer.carve",
 }
 
 __all__ = [*_LAZY]

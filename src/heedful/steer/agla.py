@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from heedful.registry import register
 from heedful.steer.contrastive import ContrastiveLogits, plausible
+from heedful.steer.vision import image_tokens
 
 
 def assemble(
@@ -94,9 +96,10 @@ class AssemblyDecoding(ContrastiveLogits):
 
         z = l + alpha l(reduced);   z = -inf where l < log(beta) + max l
 
-    pixels  the reduced images in place of the model's pixel_values, of the same shape. They are the images
-            times `relevance_mask`, then the model's own preprocessing; where the relevance comes from is up
-            to the caller (`prompt_relevance` for an image-text matching model)
+    pixels  the reduced images in place of the model's pixel_values, of the same shape; for `generate` with
+            models that are told more of images (image_grid_thw, image_sizes) a dict with all of it. They are
+            the images times `relevance_mask`, then the model's own preprocessing; where the relevance comes
+            from is up to the caller (`prompt_relevance` for an image-text matching model)
     alpha   0: nothing changes but for the cut
     beta    of the cut; 0: no token is cut
 
@@ -104,7 +107,7 @@ class AssemblyDecoding(ContrastiveLogits):
     2406.12718.
     """
 
-    pixels: Float[Tensor, "..."]
+    pixels: Float[Tensor, "..."] | dict[str, Tensor]
     alpha: float = 2.0
     beta: float = 0.5
 
@@ -112,17 +115,50 @@ class AssemblyDecoding(ContrastiveLogits):
         return assemble(logits, other, self.alpha, self.beta)
 
     def other(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        given = inputs.get("pixel_values")
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        if given is None and encoded is None:
+        images = {"pixel_values": self.pixels} if isinstance(self.pixels, Tensor) else self.pixels
+        given, encoded = inputs.get("pixel_values"), (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:
+            images = self._for_beams(images, [len(tokens) for tokens in encoded.pooler_output])
+        elif given is None:
             raise ValueError("the model is given no pixel_values, must be given the images")
-        count = self.reading.ids.shape[0] if given is None else given.shape[0]
-        beams = max(count // self.pixels.shape[0], 1)
-        pixels = self.pixels.repeat_interleave(beams, dim=0)
-        if given is not None and given.shape != pixels.shape:
-            raise ValueError(
-                f"pixels has shape {tuple(self.pixels.shape)}, must have that of the model's pixel_values, "
-                f"{tuple(given.shape)}"
-            )
+        else:
+            shape = images["pixel_values"].shape
+            beams = max(given.shape[0] // shape[0], 1)
+            images = {name: x.repeat_interleave(beams, dim=0) for name, x in images.items()}
+            if given.shape != images["pixel_values"].shape:
+                raise ValueError(
+                    f"pixels has shape {tuple(shape)}, must have that of the model's pixel_values, "
+                    f"{tuple(given.shape)}"
+                )
         rest = {name: value for name, value in inputs.items() if name != "mm_encoder_outputs"}
-        return {**rest, "pixel_values": pixels}
+        return {**rest, **images}
+
+    def _for_beams(self, images: dict[str, Tensor], tokens: list[int]) -> dict[str, Tensor]:
+        """The images as often as `generate`, which has encoded its own, has them.
+
+        tokens  of each image that it has: those of a sample, in order, for each of its beams in turn
+        """
+        told = inspect.signature(self.model.base_model.get_image_features).parameters
+        needed = [
+            name
+            for name, p in told.items()
+            if name == "image_grid_thw" or (p.default is p.empty and p.kind is not p.VAR_KEYWORD)
+        ]
+        missing = [name for name in needed if name not in images]
+        if missing:
+            raise ValueError(f"pixels has no {', '.join(missing)}, must be a dict with it for `generate`")
+        pixels, grids = images["pixel_values"], images.get("image_grid_thw")
+        sizes = [1] * len(pixels) if grids is None else grids.prod(-1).tolist()  # in rows of pixels
+        beams, over = divmod(len(tokens), len(sizes))
+        if over or not beams:
+            raise ValueError(f"pixels holds {len(sizes)} images, must hold all those of the prompt")
+        if beams == 1:
+            return images
+        rows = image_tokens(self.reading, None).sum(1).cumsum(0)
+        row = torch.searchsorted(rows, torch.tensor(tokens, device=rows.device).cumsum(0))
+        count = row.bincount(minlength=len(rows))[::beams].tolist()  # images of each sample
+        samples = torch.arange(len(sizes)).split(count)
+        order = torch.cat([sample for sample in samples for _ in range(beams)])
+        parts = pixels.split(sizes)
+        rest = {name: x[order.to(x.device)] for name, x in images.items() if name != "pixel_values"}
+        return {**rest, "pixel_values": torch.cat([parts[i] for i in order])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from heedful.checks import check_choice
 from heedful.hf.tap import Handler, Site, tap
 from heedful.inspect.visual_contrast import contrast_attention
 from heedful.registry import register
-from heedful.steer.intervention import Reading
+from heedful.steer.intervention import Reading, token_id
 
 Array = np.ndarray
 
@@ -55,6 +56,32 @@ def answer_attention(
     return torch.stack([torch.stack(step) for step in steps])
 
 
+def token_grid(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[int, int]:
+    """(rows, columns) of the tokens of the one image that a model is given.
+
+    Read from image_grid_thw and the vision tower's spatial_merge_size where the model is given them, else the
+    square of its image tokens. Raises ValueError for several images, and for tokens that make no square.
+    """
+    grids = inputs.get("image_grid_thw")
+    if grids is None:
+        marked = inputs["input_ids"] == token_id(model, "image_token_id", "image_token_index")
+        return _square(int(marked.sum()))
+    if len(grids) != 1:
+        raise ValueError(f"image_grid_thw tells of {len(grids)} images, must tell of one")
+    merge = getattr(model.config.vision_config, "spatial_merge_size", 1)
+    _, rows, columns = grids[0].tolist()
+    return rows // merge, columns // merge
+
+
+def _square(tokens: int) -> tuple[int, int]:
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(
+            f"grid is not known, must be given as (rows, columns): the {tokens} image tokens make no square"
+        )
+    return side, side
+
+
 def fuse_contrast(
     question: Float[Tensor, "t l n"],
     general: Float[Tensor, "s l n"],
@@ -79,6 +106,9 @@ def fuse_contrast(
     """
     if grid[0] * grid[1] != question.shape[2]:
         raise ValueError(f"grid is {grid}, must hold the {question.shape[2]} image tokens")
+    known = min(question.shape[1], general.shape[1])
+    if not all(0 <= layer < known for layer in layers):
+        raise ValueError(f"layers is {layers}, must name layers of the {known} there are")
     steps = 1 if first_step else min(len(question), len(general))
     fused = np.zeros((size[1], size[0]))
     for t in range(steps):
@@ -159,15 +189,14 @@ def contrastive_attention_crop(
     """An image reduced to the regions that a question looks at more than a general instruction does.
 
     question, general  attention to image tokens while the model answers either (`answer_attention`)
-    grid               (rows, columns) of image tokens; None: a square
+    grid               (rows, columns) of image tokens, see `token_grid`; None: a square
 
     Other pixels become black, the rest is cropped and enlarged until neither side is shorter than before. The
     authors answer again with the image and this one. See `fuse_contrast` and `region_mask`.
     Raises ValueError if grid is None and the tokens make no square. Source: CARVE, arXiv 2509.06461.
     """
     if grid is None:
-        side = round(question.shape[2] ** 0.5)
-        grid = (side, side)
+        grid = _square(question.shape[2])
     fused = fuse_contrast(question, general, grid=grid, size=image.size, layers=layers, first_step=first_step)
     mask = region_mask(fused, share=share, regions=regions, rank=rank)
     pixels = np.asarray(image)

@@ -18,7 +18,6 @@ from heedful.steer.contrastive import ContrastiveLogits
 from heedful.steer.vision import (
     ClassNotes,
     VisionTower,
-    check_class_token,
     check_padding,
     image_tokens,
     on_tokens,
@@ -118,7 +117,7 @@ class OutlierTokenContrast(ContrastiveLogits):
         return self._tower.owns(site) and site.layer == self._tower.layers - 2
 
     def see(self, site: Site) -> None:
-        check_class_token(site.query.transpose(2, 3), self.model)
+        self._tower.check_class_token(site)
         self._class.add(site.layer, class_attention(site.query, site.key, split=self.heads == "mean"))
 
     def _note(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -88,15 +88,7 @@ class Reading:
 
         Raises ValueError if it knows none, or if embeddings were given in place of ids.
         """
-        for name in names:
-            value = getattr(self.model.config, name, None)
-            if value is not None:
-                break
-        else:
-            raise ValueError(
-                f"the configuration of {type(self.model).__name__} has none of {', '.join(names)}, "
-                "so the tokens cannot be found; tell where they are"
-            )
+        value = token_id(self.model, *names)
         if bool((self.ids == -1).any()):
             raise ValueError(
                 "the model was given inputs_embeds, must be given input_ids for tokens to be found"
@@ -128,6 +120,18 @@ class Reading:
             yield
         finally:
             handle.remove()
+
+
+def token_id(model: PreTrainedModel, *names: str) -> int:
+    """What the configuration has under the first of `names` that it knows; a ValueError if it knows none."""
+    for name in names:
+        value = getattr(model.config, name, None)
+        if value is not None:
+            return int(value)
+    raise ValueError(
+        f"the configuration of {type(model).__name__} has none of {', '.join(names)}, "
+        "so the tokens cannot be found; tell where they are"
+    )
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

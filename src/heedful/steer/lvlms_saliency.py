@@ -164,8 +164,14 @@ class SaliencyGuidedRejection(Intervention):
         if ids.shape[0] != 1:
             raise ValueError(f"input_ids has {ids.shape[0]} rows, must have one")
         if not self._prompt:
-            skipped = ("input_ids", "past_key_values", "attention_mask", "position_ids", "use_cache")
+            skipped = ("input_ids", "past_key_values", "attention_mask", "use_cache")
             self._prompt = {name: value for name, value in kwargs.items() if name not in skipped}
+        elif (places := kwargs.get("position_ids")) is not None:
+            before = self._prompt["position_ids"][..., : ids.shape[1] - self.reading.fresh]
+            self._prompt["position_ids"] = torch.cat([before, places], dim=-1)
+        types = self._prompt.get("mm_token_type_ids")  # what is written is text
+        if types is not None:
+            self._prompt["mm_token_type_ids"] = nn.functional.pad(types, (0, ids.shape[1] - types.shape[1]))
         scores = output.logits[0, -1]
         mask = kwargs.get("attention_mask")
         whole = isinstance(mask, Tensor) and mask.shape == ids.shape

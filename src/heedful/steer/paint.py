@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from heedful.hf.tap import Site
 from heedful.registry import register
 from heedful.steer.intervention import Intervention
-from heedful.steer.vision import ClassNotes, VisionTower, check_class_token, image_tokens, on_tokens
+from heedful.steer.vision import ClassNotes, VisionTower, image_tokens, on_tokens
 
 
 def informed_tokens(
@@ -138,8 +138,8 @@ class InformedTokenBoost(_Boost):
 
     def see(self, site: Site) -> None:
         if self._tower is not None and self._tower.owns(site):
+            self._tower.check_class_token(site, "; else give the local and the summary tokens")
             weights = site.weights(slice(0, 1))
-            check_class_token(weights, self.model)
             self._class.add(site.layer, weights[:, :, 0, 1:].sum(1))
 
     def logits(self, site: Site, logits: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:

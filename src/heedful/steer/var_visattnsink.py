@@ -69,11 +69,14 @@ class VisualAttentionRedistribution(Intervention):
     generated tokens.
 
     keep               share of its weight that a sink keeps; 1: nothing changes
-    dims               channels of massive activations; None: the two largest of the first token, found layer
-    by layer threshold          tau, of the sink score min_nonsink_ratio  least share of a row's image
-    attention that must lie off sinks min_image_share    least attention that a row must pay to the image
-    first_layer        first layer with sinks skip_last_layer    whether the last layer is left alone image
-    (b, m) True at image tokens of the prompt; None: found by the model's image_token_id
+    dims               channels of massive activations; None: the two largest of the first token, layer by
+                       layer
+    threshold          tau, of the sink score
+    min_nonsink_ratio  least share of a row's image attention that must lie off sinks
+    min_image_share    least attention that a row must pay to the image
+    first_layer        first layer with sinks
+    skip_last_layer    whether the last layer is left alone
+    image              (b, m) True at image tokens of the prompt; None: found by the model's image_token_id
 
     Source: arXiv 2503.03321.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,6 +11,8 @@ from transformers import PreTrainedModel
 
 from heedful.hf.tap import Site
 from heedful.steer.intervention import Reading
+
+_CLASS_TOKEN = re.compile(r"(?:cls|class)_(?:token|emb)")
 
 
 class VisionTower:
@@ -36,10 +40,28 @@ class VisionTower:
         if layers is None:
             raise ValueError("the vision_config does not tell the number of layers (num_hidden_layers)")
         self.layers = int(layers)
+        self._model = type(model).__name__
+        tower = model.get_submodule(towers[0])
+        self._named = any(_CLASS_TOKEN.search(name) for name, _ in tower.named_parameters())
+        size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+        self._patches = (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else None
 
     def owns(self, site: Site) -> bool:
         """Whether an attention call is one of the vision tower."""
         return site.name.startswith(self.prefix)
+
+    def check_class_token(self, site: Site, instead: str = "") -> None:
+        """Raises ValueError if no class token stands before the patches of a call of the tower.
+
+        There is one if a parameter is named after it, or if the call has one token more than an image of the
+        configured size has patches.
+        """
+        tokens = site.key.shape[2]
+        if not self._named and (self._patches is None or tokens != self._patches + 1):
+            raise ValueError(
+                f"the vision tower of {self._model} must have a class token: "
+                f"none is among its parameters, and its {tokens} tokens are patches" + instead
+            )
 
 
 class ClassNotes:
@@ -99,18 +121,6 @@ def on_tokens(patches: Float[Tensor, "images t"], image: Bool[Tensor, "b m"]) ->
         )
     image = image[::beams].to(patches.device)
     return patches.new_zeros(image.shape).masked_scatter(image, patches).repeat_interleave(beams, dim=0)
-
-
-def check_class_token(weights: Tensor, model: PreTrainedModel) -> None:
-    """Raises ValueError if a square of patches stands in the tower without a class token before it."""
-    config = model.config.vision_config
-    size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
-    tokens = weights.shape[-1]
-    if isinstance(size, int) and isinstance(patch, int) and tokens == (size // patch) ** 2:
-        raise ValueError(
-            f"the vision tower of {type(model).__name__} has {tokens} tokens, all of them patches; "
-            "it must have a class token"
-        )
 
 
 def without(
