@@ -28,12 +28,19 @@ FAMILIES: dict[str, Any] = {
     "gemma": lambda **c: hf.GemmaConfig(**GROUPED | {"head_dim": 8} | c),
     "gpt-neox": lambda **c: hf.GPTNeoXConfig(**SIZES | c),
 }
+# Families whose layers are of two kinds.
+MIXED: dict[str, Any] = {
+    "gemma3": lambda **c: hf.Gemma3TextConfig(**GROUPED | {"head_dim": 8} | c),
+    "gpt-oss": lambda **c: hf.GptOssConfig(
+        **GROUPED | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1} | c
+    ),
+}
 
 
 def made(family: str = "llama", *, implementation: str = "heedful", **changes: Any) -> hf.PreTrainedModel:
     """A model with random weights, large enough that attention is far from uniform."""
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(FAMILIES[family](**changes)).eval()
+    model = hf.AutoModelForCausalLM.from_config((FAMILIES | MIXED)[family](**changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,8 @@ from heedful.cache import (
     names,
 )
 from heedful.cache.layer import PolicyLayer
-from tests.cache_families import FAMILIES, llava, made, qwen2_vl, tokens
+from heedful.kept import forget
+from tests.cache_families import FAMILIES, llava, made, qwen2_vl, stepwise, tokens
 
 DHSA = {"block_size": 2, "chunk_size": 2, "local_tokens": 2, "global_tokens": 1, "instruction_tokens": 2}
 # Each policy with a small budget, and with one that covers 40 tokens.
@@ -114,13 +116,45 @@ def test_bytes_are_those_of_the_tensors_held(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_sliding_layers_stay_as_they_are(policy):
-    model = made(
-        "qwen2",
-        use_sliding_window=True,
-        sliding_window=3,
-        layer_types=["full_attention", "sliding_attention"],
-    )
+def test_memory_is_freed(policy):
+    """All tensors alive after a prompt of 200, the model's aside, are those whose bytes the cache tells."""
+    model, ids = made(max_position_embeddings=256), tokens(1, 200)
+    make = POLICIES[policy][0]
+    with torch.no_grad():
+        model(ids, past_key_values=make(model))  # whatever is made once for all calls
+        gc.collect()
+        gc.freeze()  # what there is by now is not looked at
+        try:
+            cache = make(model)
+            model(ids, past_key_values=cache, logits_to_keep=1)
+            held = bytes_alive()
+        finally:
+            gc.unfreeze()
+    assert held == pytest.approx(cache.nbytes(), abs=256)
+    full = 2 * 2 * 200 * 2 * 8 * 4
+    assert (held < full / 8) == (policy not in KEEPS_ALL)
+
+
+def bytes_alive() -> int:
+    """Bytes of the storages of all tensors, but for those that heedful keeps for later calls."""
+    forget()
+    gc.collect()
+    found = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+    return sum({x.data_ptr(): x.nbytes() for x in found}.values())
+
+
+SLIDING = {
+    "qwen2": {"use_sliding_window": True},
+    "gemma3": {},
+    "gpt-oss": {},  # also with sink logits
+}
+
+
+@pytest.mark.parametrize("family", SLIDING)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sliding_layers_stay_as_they_are(policy, family):
+    kinds = ["full_attention", "sliding_attention"]
+    model = made(family, sliding_window=3, layer_types=kinds, **SLIDING[family])
     cache = POLICIES[policy][0](model)
     assert isinstance(cache.layers[0], PolicyLayer)
     assert type(cache.layers[1]).__name__ == "DynamicSlidingWindowLayer"
@@ -129,6 +163,46 @@ def test_sliding_layers_stay_as_they_are(policy):
     cache, ids = POLICIES[policy][1](model), tokens(1, 9)
     wanted = model.generate(ids, **HOW)
     assert torch.equal(model.generate(ids, past_key_values=cache, **HOW), wanted)
+
+
+def test_a_model_of_sliding_layers_alone_keeps_them():
+    model, ids = made("mistral", sliding_window=3), tokens(1, 12)
+    wanted = model.generate(ids, **HOW)
+    for name in names():
+        cache = create(name, model, budget=8)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **HOW), wanted)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_beams_are_unchanged_while_everything_fits(policy):
+    model, ids = made(), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    how = HOW | {"num_beams": 3, "num_return_sequences": 2, "attention_mask": mask}
+    wanted = model.generate(ids * mask, **how)
+    cache = POLICIES[policy][1](model)
+    assert torch.equal(model.generate(ids * mask, past_key_values=cache, **how), wanted)
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "dhsa"])
+def test_prompts_are_attended_in_full(policy):
+    """All policies but a sparse prompt's drop entries, or read fewer, only after the prompt."""
+    model, ids = made(), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        wanted = model(ids * mask, attention_mask=mask).logits
+        got = model(ids * mask, attention_mask=mask, past_key_values=POLICIES[policy][0](model)).logits
+    torch.testing.assert_close(got[0], wanted[0])
+    torch.testing.assert_close(got[1, 7:], wanted[1, 7:])
+
+
+def test_single_tokens_behind_a_sparse_prompt_see_everything():
+    """In one layer a token's logits hang on the keys alone, which a sparse prompt leaves as they are."""
+    model, ids = made(num_hidden_layers=1), tokens(1, 30)
+    full = hf.DynamicCache(config=model.config)
+    wanted = stepwise(model, ids, full, 20)
+    torch.testing.assert_close(stepwise(model, ids, POLICIES["dhsa"][0](model), 20), wanted)
 
 
 # Positions on three axes cannot be moved by a shift on one.

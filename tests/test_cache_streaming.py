@@ -154,6 +154,13 @@ def test_rotation_is_the_models():
         assert found.pairing == ("interleaved" if family == "cohere" else "half")
 
 
+def test_rotation_is_that_of_the_full_layers():
+    kinds = ["sliding_attention", "full_attention"]
+    config = hf.Gemma3TextConfig(**GROUPED | {"num_hidden_layers": 2, "head_dim": 8, "layer_types": kinds})
+    assert config.rope_parameters["sliding_attention"]["rope_theta"] == 1e4
+    torch.testing.assert_close(rotation_of(config).frequency, 1e6 ** -(torch.arange(0, 8, 2) / 8))
+
+
 def test_created_by_the_name_of_the_paper():
     cache = create("streaming-llm", made("llama"), budget=20)
     assert (cache.layers[0].sinks, cache.layers[0].window) == (4, 16)

@@ -112,8 +112,9 @@ class LayerReuseCache(PolicyCache):
                 f"budget is {budget}, must be at least 8: sinks, recent tokens and what is chosen"
             )
         if sources is None:
-            first = full_layers(model)[0]
-            sources = [None if i <= first else first for i in range(config_of(model).num_hidden_layers)]
+            layers = config_of(model).num_hidden_layers
+            first = min(full_layers(model), default=layers)
+            sources = [None if i <= first else first for i in range(layers)]
         return cls(model, sources=sources, tokens=budget, sinks=min(4, budget // 8), recent=budget // 8)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from jaxtyping import Float, Int
@@ -53,8 +54,10 @@ def rotation_of(model: PreTrainedModel | PreTrainedConfig) -> Rotation:
             f"model is a {type(model).__name__} without rotary positions; its cached keys cannot be moved"
         )
     rotary = type(found[0])(found[0].config)  # a fresh one: some change with the longest input seen
+    # Where sliding layers turn at another speed, the question is about the full ones, which a policy rules.
+    kind = {"layer_type": "full_attention"} if "layer_type" in signature(rotary.forward).parameters else {}
     with torch.no_grad():
-        cos, sin = rotary(torch.zeros(1, 3, 1, dtype=torch.float64), torch.tensor([[0, 1, 2]]))
+        cos, sin = rotary(torch.zeros(1, 3, 1, dtype=torch.float64), torch.tensor([[0, 1, 2]]), **kind)
     angles = torch.atan2(sin, cos)[0, 1]
     if cos.ndim != 3 or not torch.allclose(
         angles * 2, _unwrapped(sin[0, 2], cos[0, 2], angles * 2), atol=1e-5
