@@ -10,7 +10,7 @@ import transformers as hf
 
 from heedful.cache import DHSAPrefillCache
 from heedful.cache.dhsa_prefill import DHSAPrefillLayer, _Routed, _Rule
-from heedful.hf import attention_forward, use_pattern
+from heedful.hf import Handler, attention_forward, tap, use_pattern
 from heedful.hf.attention import Visible
 from heedful.ops.attention import attention
 from heedful.patterns import Causal, Window
@@ -163,6 +163,24 @@ def test_a_pattern_of_the_user_still_counts():
     cache = DHSAPrefillCache(model, **options, instruction_tokens=2)
     with torch.no_grad():
         assert not torch.allclose(model(ids, past_key_values=cache).logits, wanted)
+
+
+def test_a_model_under_tap_sees_the_same():
+    """Where someone looks at the weights, they are computed densely from what the blocks chose."""
+
+    class Look(Handler):
+        def weights(self, site, weights):
+            assert int((weights[:, :, :38] > 0).sum(-1).max()) <= 6  # the budget
+            return weights
+
+    model, ids = made(), tokens(1, 40)
+    sizes = {"block_size": 2, "chunk_size": 2, "local_tokens": 2, "global_tokens": 1, "instruction_tokens": 2}
+    plain, looked = (DHSAPrefillCache(model, budget=6, **sizes) for _ in range(2))
+    with torch.no_grad():
+        wanted = model(ids, past_key_values=plain).logits
+        with tap(model, Look()):
+            got = model(ids, past_key_values=looked).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)  # float32, weights * 4
 
 
 def test_pairs_looked_at_grow_with_the_budget():
