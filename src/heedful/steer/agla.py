@@ -138,7 +138,7 @@ class AssemblyDecoding(ContrastiveLogits):
 
         tokens  of each image that it has: those of a sample, in order, for each of its beams in turn
         """
-        told = inspect.signature(self.model.base_model.get_image_features).parameters
+        told = inspect.signature(self.model.base_model.get_image_features).parameters  # type: ignore[arg-type]
         needed = [
             name
             for name, p in told.items()
