@@ -66,12 +66,13 @@ def mistral():
 
 
 def gemma2():
-    told = {"head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0, "layer_types": SLIDING}
-    return text("gemma2", **TEXT, **told)
+    cap = {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 1}  # which many logits reach
+    return text("gemma2", **TEXT, **cap, head_dim=8, sliding_window=4, layer_types=SLIDING)
 
 
 def gemma3():
-    return text("gemma3_text", **TEXT, head_dim=8, sliding_window=4, layer_types=SLIDING)
+    told = {"head_dim": 8, "sliding_window": 4, "layer_types": SLIDING, "query_pre_attn_scalar": 1}
+    return text("gemma3_text", **TEXT, **told)
 
 
 def bert():
