@@ -53,7 +53,7 @@ def test_figures(plan, tmp_path):
     # 63 tokens were read; 48 of them as a prompt, of which the small cache keeps 8
     assert full.held == big.held == 63 * 2 * 8 * 4 * 2
     assert small.held == pytest.approx((8 + 15) * 2 * 8 * 4 * 2)
-    assert all(r.milliseconds > 0 and 0 < r.bits < 9 for r in found.results)
+    assert all(r.milliseconds > 0 and r.seconds > 0 and 0 < r.bits < 9 for r in found.results)
     assert "train it longer" in cache_report.advice(found)
     for r in (full, big):
         object.__setattr__(r, "retrieval", {0.2: 1.0, 0.8: 1.0})
@@ -75,6 +75,21 @@ def test_planted_keys_can_be_looked_up():
     weighted = bytes(window[0][weight[0] > 1].tolist())
     assert weighted == lines[1][:3]  # the first line cannot be known
     assert len(window) == 2 and len(cache_model._windows(text, TINY, 32, torch.Generator())[0]) == 4
+
+
+def test_lines_stand_anywhere_and_do_not_overlap():
+    """On a grid a model would learn to look a multiple of its step back, and find nothing elsewhere."""
+    text = Text(b"x" * 20000, "nothing", length=64)
+    many = replace(TINY, batch_size=300, planted=3)
+    windows, _ = cache_model._windows(text, many, 64, torch.Generator().manual_seed(0))
+    rows = [bytes(row.tolist()) for row in windows]
+    assert {row.count(b"\nkey~") for row in rows[::2]} == {3}
+    assert {row.count(b"\nkey~") for row in rows[1::2]} == {2}
+    assert all(len({line[:3] for line in row.split(b"\nkey~")[1:]}) == 1 for row in rows)
+    apart = {row.rindex(b"key~") - row.index(b"key~") for row in rows[::2]}
+    assert len(apart) > 20
+    assert {row.rindex(b"key~") for row in rows[1::2]} == {57}  # asked at the end
+    assert len({row.index(b"key~") for row in rows[1::2]}) > 30
 
 
 @pytest.mark.door

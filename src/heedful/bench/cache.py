@@ -29,6 +29,7 @@ BUDGETS = (32, 64, 128, 256)
 PROMPT = 3 / 4  # of the window; the rest is read token by token
 ROWS = 24  # windows of text, and of each depth
 LONG = 16  # decoding is timed behind a prompt so many windows long
+TRAINING, RUN = 300.0, 5.0  # seconds expected of the training, and of each policy at each budget
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Result:
     retrieval    by depth, the share of planted keys that came out whole
     held         bytes of the cache of one sequence at the end of a window
     milliseconds a decoded token behind a prompt of `prompt` tokens, one sequence
+    seconds      that this prompt took
     """
 
     policy: str
@@ -48,6 +50,7 @@ class Result:
     held: int
     milliseconds: float
     prompt: int
+    seconds: float
 
     @property
     def label(self) -> str:
@@ -128,16 +131,16 @@ def compare(plan: Plan, watch: Watch | None = None) -> Comparison:
     """Train or find the model, then measure each policy at each budget. Ctrl-C keeps what is finished."""
     watch = Silent() if watch is None else watch
     runs = len(plan.policies) * len(plan.budgets) + 1
-    watch.begin(3.0 * runs + 120)
+    watch.begin(RUN * runs + TRAINING)
     found = Comparison(_about(plan), _machine(plan.device), plan.settings, from_cache=False)
     try:
         watch.start("training the model", plan.settings.steps)
         model, found.from_cache = cache_model.lookup(plan.text, plan.settings, plan.device, watch.step)
         model.set_attn_implementation(NAME)
-        watch.finish(120, "the trained model was found" if found.from_cache else "the model is trained")
+        watch.finish(TRAINING, "the trained model was found" if found.from_cache else "the model is trained")
         for result in measure(model, plan):
             found.results.append(result)
-            watch.finish(3.0, _line(result))
+            watch.finish(RUN, _line(result))
     except KeyboardInterrupt:
         found.interrupted = True
     finally:
@@ -164,8 +167,8 @@ def _measured(model: Any, plan: Plan, policy: str, budget: int | None) -> Result
     with torch.no_grad():
         bits, held = _bits(model, plan, made)
         retrieval = {depth: _found(model, plan, made, depth) for depth in DEPTHS}
-        prompt, milliseconds = _decoding(model, plan, made)
-    return Result(policy, budget, bits, retrieval, held, milliseconds, prompt)
+        prompt, seconds, milliseconds = _decoding(model, plan, made)
+    return Result(policy, budget, bits, retrieval, held, milliseconds, prompt, seconds)
 
 
 # -- the three measurements -----------------------------------------------------------------------
@@ -202,11 +205,14 @@ def _found(model: Any, plan: Plan, made: Any, depth: float) -> float:
     return float((torch.cat(said, 1) == wanted).all(1).float().mean())
 
 
-def _decoding(model: Any, plan: Plan, made: Any) -> tuple[int, float]:
-    """Milliseconds a token behind a long prompt: the median of a few runs of ten tokens."""
+def _decoding(model: Any, plan: Plan, made: Any) -> tuple[int, float, float]:
+    """Seconds of a long prompt, the better of two, and milliseconds a token behind it, the median of runs."""
     prompt = plan.text.parts[1][None, : LONG * plan.settings.length].to(plan.device)
-    cache, seconds = made(), []
-    model(prompt, past_key_values=cache, logits_to_keep=1)
+    prompts, tokens = [], []
+    for _ in range(2):
+        cache, start = made(), time.perf_counter()
+        model(prompt, past_key_values=cache, logits_to_keep=1).logits.cpu()
+        prompts.append(time.perf_counter() - start)
     token = prompt[:, -1:]
     for run in range(6):
         start = time.perf_counter()
@@ -214,8 +220,8 @@ def _decoding(model: Any, plan: Plan, made: Any) -> tuple[int, float]:
             token = model(token, past_key_values=cache).logits.argmax(-1)
         token.cpu()
         if run:  # the first one warms up
-            seconds.append((time.perf_counter() - start) / 10)
-    return prompt.shape[1], 1000 * statistics.median(seconds)
+            tokens.append((time.perf_counter() - start) / 10)
+    return prompt.shape[1], min(prompts), 1000 * statistics.median(tokens)
 
 
 def _nbytes(cache: Any) -> int:
@@ -251,5 +257,5 @@ def _machine(device: torch.device) -> str:
 def _line(result: Result) -> str:
     return (
         f"{result.label}  {result.bits:.3f} bits per byte, keys found {result.found:.0%}, "
-        f"{result.held / 1024:.0f} KiB, {result.milliseconds:.1f} ms a token"
+        f"{result.held / 1024:.0f} KiB, {result.milliseconds:.1f} ms a token, prompt {result.seconds:.2f} s"
     )

@@ -1,7 +1,9 @@
 """The small Llama that cache policies are compared on: trained once, on English with planted keys.
 
 A key is planted as the line "key~483": later lines that begin with "key~" go on with the same digits, so
-that a model learns to look them up. Windows begin short, where that is learned soonest, and grow.
+that a model learns to look them up. Lines stand anywhere: at places on a grid, distances alone would tell
+where to look. Half of the windows hold two lines alone, the others several. Windows begin short, where
+looking up is learned soonest, and grow.
 The trained model is kept in a folder named by all its settings.
 """
 
@@ -41,13 +43,14 @@ class Settings:
     heads: int = 4
     kv_heads: int = 2
     length: int = 512
-    steps: int = 2000
+    steps: int = 1500
     batch_size: int = 8
     learning_rate: float = 3e-3
-    short: int = 96  # length of the first windows; in the last third of the steps they have full length
-    planted: int = 6  # lines with the key in a window
+    short: int = 64  # length of the windows in the first quarter of the steps; in the last third it is full
+    planted: int = 6  # lines with the key in every other window, as far as they fill no more than half of it
     weight: float = 8.0  # of the digits that can be looked up, in the loss
     seed: int = 0
+    recipe: int = 3  # of what is not told by these numbers; a change of it makes trained models anew
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -105,7 +108,7 @@ def trained(text: Text, settings: Settings, device: torch.device, on_step: OnSte
     generator = torch.Generator().manual_seed(settings.seed)
     model.train()
     for step in range(settings.steps):
-        grown = min(1.0, step / (2 / 3 * settings.steps))
+        grown = min(1.0, max(0.0, step / settings.steps - 1 / 4) / (2 / 3 - 1 / 4))
         length = int(settings.short * (settings.length / settings.short) ** grown)
         window, weight = (x.to(device) for x in _windows(text, settings, length, generator))
         logits = model(window[:, :-1], use_cache=False).logits
@@ -130,10 +133,14 @@ def _windows(
     window = data[start + torch.arange(length + 1)]
     weight = torch.ones_like(window, dtype=torch.float32)
     line = len(ASK) + DIGITS + 1
-    for row, weights in zip(window, weight, strict=True):
+    for number, (row, weights) in enumerate(zip(window, weight, strict=True)):
         key = draw_key(generator)
-        slots = torch.randperm(length // line, generator=generator)[: settings.planted].sort().values * line
-        for i, place in enumerate(slots.tolist()):
+        count = 2 if number % 2 else min(settings.planted, length // (2 * line))
+        room = length + 1 - count * line
+        places = torch.randint(room + 1, (count,), generator=generator).sort().values
+        if number % 2:  # asked for at the end, so that far distances are frequent
+            places[-1] = room
+        for i, place in enumerate((places + torch.arange(count) * line).tolist()):
             plant(row, key, place)
             if i:
                 weights[place + len(ASK) : place + len(ASK) + DIGITS] = settings.weight
