@@ -11,7 +11,7 @@ from PIL import Image
 
 from heedful.hf import Handler, tap
 from heedful.inspect.attention_saliency import attention_saliency, candidate_saliency
-from heedful.inspect.sinks import find_sink_tokens
+from heedful.inspect.sinks import find_sink_dims, find_sink_tokens
 from heedful.steer import (
     AssemblyDecoding,
     AttentionCalibration,
@@ -91,6 +91,25 @@ def test_contract(kind, name):
     check_intervention(lambda: make(acting), lambda: make(idle), qwen_vl(kind), INPUTS)
 
 
+# Those whose settings are not tied to the places of these tokens, or to both images.
+TIED = {"assembly-decoding", "informed-token-boost", "gaze-shift-guidance", "local-coherence-boost"}
+FREE = [name for name in STEER if name not in TIED]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_padding_is_nobodys_business(name):
+    """A row of a padded batch is steered as it is alone."""
+    model, (make, acting, _) = qwen_vl("qwen2_vl"), STEER[name]
+    with torch.no_grad():
+        with make(acting)(model):
+            both = model(**INPUTS).logits
+        for row in range(2):
+            with make(acting)(model):
+                alone = model(**sample(row)).logits[0]
+            real = INPUTS["attention_mask"][row].bool()
+            torch.testing.assert_close(both[row, real], alone, rtol=1e-3, atol=1e-3)  # float32
+
+
 class Look(Handler):
     """What the decoder's layers have at the prompt and at each step after it."""
 
@@ -151,6 +170,16 @@ def test_reallocation_scales_image_columns_of_the_first_layer(kind):
     assert calls == 4 * 3
 
 
+def sinks_of(hidden):
+    """By the channels in which the first token is largest that is no padding."""
+    first = INPUTS["attention_mask"].argmax(1).tolist()
+    rows = [
+        find_sink_tokens(row[None], dims=find_sink_dims(row[begin:]), threshold=1.2)
+        for row, begin in zip(hidden, first, strict=True)
+    ]
+    return torch.cat(rows)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_redistribution_moves_attention_from_sinks_to_image_tokens(kind):
     rows = (torch.where(ON_IMAGE, PLACE, -1).amax(-1, keepdim=True) < PLACE)[:, None]
@@ -168,7 +197,7 @@ def test_redistribution_moves_attention_from_sinks_to_image_tokens(kind):
         if layer == 0:
             assert torch.equal(after, before)
         if layer == 1:  # nothing before it has changed
-            sinks = wide(find_sink_tokens(hidden[0], threshold=1.2), before.shape[-1])[:, None, None]
+            sinks = wide(sinks_of(hidden[0]), before.shape[-1])[:, None, None]
             assert not (less & ~sinks).any()
             assert not (more & sinks).any()
         if before.shape[2] > 1:
@@ -366,3 +395,13 @@ def test_what_the_model_does_not_tell_is_asked_for(kind):
 
 def test_the_grid_of_a_square_image():
     assert token_grid(llava(), picture_prompt(1)) == (3, 3)
+
+
+@pytest.mark.parametrize("name", STEER)
+def test_a_static_cache_is_as_good(name):
+    model, (make, acting, _) = qwen_vl("qwen2_vl"), STEER[name]
+    how = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad(), make(acting)(model):
+        found = model.generate(**INPUTS, **how)
+        static = model.generate(**INPUTS, **how, cache_implementation="static")
+    torch.testing.assert_close(static.logits, found.logits, rtol=1e-3, atol=1e-3)  # float32

@@ -101,14 +101,15 @@ class AttentionCalibration(Intervention):
         return 2 <= site.layer < self.reading.layers - 1 if self.layers is None else site.layer in self.layers
 
     def weights(self, site: Site, weights: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
-        n, m = weights.shape[2:]
-        if n == m:  # a prompt
+        n = weights.shape[2]
+        if n == self.reading.ids.shape[1]:  # a prompt
             mask = site.visibility["key_mask"]
-            self._sinks[site.layer] = excessive(received(weights, mask), self.threshold)
+            mask = None if mask is None else mask[:, :n]
+            self._sinks[site.layer] = excessive(received(weights[..., :n], mask), self.threshold)
         sinks = self._sinks.get(site.layer)
         if sinks is None or sinks.shape[0] != weights.shape[0]:
             return weights
-        sinks = torch.nn.functional.pad(sinks, (0, m - sinks.shape[-1]))
+        sinks = self.reading.on_keys(site, sinks)
         if self.heads is not None:
             chosen = torch.zeros(weights.shape[1], dtype=torch.bool, device=weights.device)
             chosen[list(self.heads[site.layer])] = True

@@ -47,7 +47,9 @@ def answer_attention(
             row = site.weights(slice(site.query.shape[2] - 1, None))[0, :, 0].mean(0)
             if site.layer == 0:
                 steps.append([])
-            steps[-1].append(row[: image.shape[1]][image[0]].float())
+            first = reading.first_key(site)  # tokens before it have left a sliding cache
+            row = torch.nn.functional.pad(row, (first, 0))[: image.shape[1]]
+            steps[-1].append(row[image[0]].float())
 
     with torch.no_grad(), reading.follow(lambda: None), tap(model, Look()):
         model.generate(  # type: ignore[operator]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from heedful.hf.tap import Handler, Site, alone
 from heedful.registry import register
 from heedful.steer.intervention import Intervention
-from heedful.steer.vision import image_tokens, without
+from heedful.steer.vision import as_given, image_tokens, without
 
 
 def plausible(logits: Float[Tensor, "*b v"], beta: float) -> Bool[Tensor, "*b v"]:
@@ -85,6 +85,8 @@ class ContrastiveLogits(Intervention):
         if logits is None:
             raise ValueError(f"{type(model).__name__} gives no logits, must give some, with return_dict=True")
         main = getattr(output, "past_key_values", None)
+        if not self._begun:
+            inputs = {**inputs, "attention_mask": as_given(inputs.get("attention_mask"), self.reading.ids)}
         given = self._continued(inputs) if self._begun else self.other(inputs)
         if main is not None:
             given = {**given, "past_key_values": self._cache, "use_cache": True}
@@ -102,7 +104,7 @@ class ContrastiveLogits(Intervention):
 
     def _begin(self, main: Any, found: Any, given: dict[str, Any]) -> None:
         self._begun = True
-        self._mask = given.get("attention_mask") if self.own_tokens else None
+        self._mask = given.get("attention_mask")
         if main is None:
             return
         self._cache = found.past_key_values
@@ -117,11 +119,14 @@ class ContrastiveLogits(Intervention):
         main.reorder_cache = both  # of this cache alone
 
     def _continued(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if not self.own_tokens:
+        mask = inputs.get("attention_mask")
+        if not self.own_tokens and (mask is None or isinstance(mask, Tensor)):
             return inputs
         assert self._mask is not None
         ids = inputs["input_ids"]
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
+        if not self.own_tokens:  # a mask for the places of a static cache, which the other stream has not
+            return {**inputs, "attention_mask": self._mask}
         places = (self._mask.cumsum(1) - 1)[:, -ids.shape[1] :]
         return {"input_ids": ids, "attention_mask": self._mask, "position_ids": places}
 

@@ -79,7 +79,6 @@ class VisualAttentionReallocation(Intervention):
         return super().wants(site) and site.layer == self.layer
 
     def logits(self, site: Site, logits: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
-        image = self.reading.of("image_token_id", "image_token_index").to(logits.device)
-        index = image_index(image)
-        index = nn.functional.pad(index, (0, logits.shape[-1] - index.shape[1]), value=-1)
+        index = image_index(self.reading.of("image_token_id", "image_token_index"))
+        index = self.reading.on_keys(site, index, value=-1)
         return reallocate(logits, self.factors, index, self.mode)

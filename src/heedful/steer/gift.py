@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from heedful.hf.tap import Handler, Site, alone
 from heedful.registry import register
 from heedful.steer.intervention import Intervention
-from heedful.steer.vision import image_tokens
+from heedful.steer.vision import as_given, for_beams, image_tokens
 
 # (model type, layers): saliency layers, enhanced layers, alpha of the paper
 PUBLISHED: dict[tuple[str, int], tuple[Sequence[int], Sequence[int], float]] = {
@@ -185,7 +185,7 @@ class GazeShiftGuidance(Intervention):
             return
         ids = self.reading.ids
         image = image_tokens(self.reading, self.image)
-        content = self.content(ids) if callable(self.content) else self.content
+        content = self.content(ids) if callable(self.content) else for_beams(self.content, ids.shape[0])
         if content.shape != ids.shape or content.dtype != torch.bool:
             raise ValueError(
                 f"content has shape {tuple(content.shape)} and dtype {content.dtype}, must be a bool tensor "
@@ -193,9 +193,13 @@ class GazeShiftGuidance(Intervention):
             )
         place = torch.arange(ids.shape[1], device=ids.device)
         last = torch.where(image, place, -1).amax(-1, keepdim=True)
-        question = (place > last) & (last >= 0) if self.question is None else self.question.to(ids.device)
+        if self.question is None:
+            question = (place > last) & (last >= 0)
+        else:
+            question = image_tokens(self.reading, self.question, "question")
         recorder = _Recorder(self)
         plain = {**kwargs, "past_key_values": None, "use_cache": False}
+        plain["attention_mask"] = as_given(kwargs.get("attention_mask"), ids)
         with torch.no_grad(), alone(self.model, recorder):
             self.model.forward(*args, **plain)
         shift = gaze_shift(recorder.found, image, content.to(ids.device))
@@ -204,6 +208,5 @@ class GazeShiftGuidance(Intervention):
     def weights(self, site: Site, weights: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
         assert self._prompt is not None
         factors, image, question = self._prompt
-        more = weights.shape[-1] - image.shape[1]
-        image, question = (torch.nn.functional.pad(x, (0, more)) for x in (image, question))
-        return enhance(weights, torch.nn.functional.pad(factors, (0, more), value=1.0), image, question)
+        image, question = (self.reading.on_keys(site, x) for x in (image, question))
+        return enhance(weights, self.reading.on_keys(site, factors, value=1.0), image, question)

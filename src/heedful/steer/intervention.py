@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -94,6 +94,18 @@ class Reading:
                 "the model was given inputs_embeds, must be given input_ids for tokens to be found"
             )
         return self.ids == value
+
+    def first_key(self, site: Site) -> int:
+        """Which of the tokens read the first key of a call is: not the first one in a sliding cache."""
+        return self.ids.shape[1] - site.query.shape[2] - site.visibility["query_offset"]
+
+    def on_keys(self, site: Site, told: Shaped[Tensor, "*b k"], value: float = 0) -> Shaped[Tensor, "*b m"]:
+        """What is told of the tokens read, for the keys of a call; `value` for those that nothing is told of.
+
+        A sliding cache has only the last tokens, a static one has places for more.
+        """
+        told = told[..., self.first_key(site) :].to(site.key.device)
+        return nn.functional.pad(told, (0, site.key.shape[2] - told.shape[-1]), value=value)
 
     @contextmanager
     def follow(self, begin: Any) -> Iterator[None]:

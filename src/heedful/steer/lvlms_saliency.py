@@ -79,8 +79,11 @@ class LocalCoherenceBoost(Intervention):
 
     def logits(self, site: Site, logits: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
         if self._begin is None:
-            self._begin = logits.shape[-1] if self.prompt is None else self.prompt
-        return boost_recent(logits, self._begin, beta=self.beta, window=self.window)
+            self._begin = self.reading.ids.shape[1] if self.prompt is None else self.prompt
+        read = site.visibility["query_offset"] + logits.shape[2]  # after them, a static cache is empty
+        begin = self._begin - self.reading.first_key(site)
+        boosted = boost_recent(logits[..., :read], begin, beta=self.beta, window=self.window)
+        return torch.cat([boosted, logits[..., read:]], dim=-1)
 
 
 class _WithGradient(Handler):

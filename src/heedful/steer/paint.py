@@ -80,8 +80,8 @@ class ImageTokenBoost(_Boost):
         return self.changes(site)
 
     def logits(self, site: Site, logits: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
-        image = image_tokens(self.reading, self.image).to(logits.device)
-        return boost(logits, self.alpha * image)
+        image = image_tokens(self.reading, self.image)
+        return boost(logits, self.reading.on_keys(site, self.alpha * image))
 
 
 @register("informed-token-boost", kind="steer", paper="paint", tags=("image",), aliases=("paint",))
@@ -146,13 +146,13 @@ class InformedTokenBoost(_Boost):
         if self._tower is not None and self._tower.owns(site):
             return logits
         if self._coefficient is None:
-            self._coefficient = self._of_prompt().to(logits.device)
-        known = self._coefficient
-        return boost(logits, torch.nn.functional.pad(known, (0, logits.shape[-1] - known.shape[1])))
+            self._coefficient = self._of_prompt()
+        return boost(logits, self.reading.on_keys(site, self._coefficient))
 
     def _of_prompt(self) -> Float[Tensor, "b m"]:
         if self.local is not None and self.summary is not None:
-            return self.alpha * self.local + self.beta * self.summary
+            local = image_tokens(self.reading, self.local, "local")
+            return self.alpha * local + self.beta * image_tokens(self.reading, self.summary, "summary")
         image = image_tokens(self.reading, self.image)
         if not image.any():
             return torch.zeros(image.shape, device=image.device)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heedful.hf.tap import Site, acts
-from heedful.inspect.sinks import find_sink_tokens
+from heedful.inspect.sinks import find_sink_dims, find_sink_tokens
 from heedful.registry import register
 from heedful.steer.intervention import Intervention, decoder_layers
+from heedful.steer.vision import image_tokens
 
 
 def redistribute(
@@ -69,8 +70,8 @@ class VisualAttentionRedistribution(Intervention):
     generated tokens.
 
     keep               share of its weight that a sink keeps; 1: nothing changes
-    dims               channels of massive activations; None: the two largest of the first token, layer by
-                       layer
+    dims               channels of massive activations; None: the two largest of a row's first token
+                       that is no padding, layer by layer
     threshold          tau, of the sink score
     min_nonsink_ratio  least share of a row's image attention that must lie off sinks
     min_image_share    least attention that a row must pay to the image
@@ -89,7 +90,9 @@ class VisualAttentionRedistribution(Intervention):
     first_layer: int = 2
     skip_last_layer: bool = True
     image: Bool[Tensor, "b m"] | None = None
-    _sinks: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # by layer, of the prompt
+    # By layer, of the prompt: what enters, until its sinks are found.
+    _entering: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _sinks: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.keep <= 1.0:
@@ -106,24 +109,36 @@ class VisualAttentionRedistribution(Intervention):
                 stack.callback(hook.remove)
 
     def forget(self) -> None:
+        self._entering.clear()
         self._sinks.clear()
 
     def _look(self, layer: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """At the prompt: which tokens are sinks of this layer."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if layer in self._sinks or not acts(self.model, self):
-            return
-        self._sinks[layer] = find_sink_tokens(hidden, dims=self.dims, threshold=self.threshold)
+        """At the prompt: note what enters this layer."""
+        if layer not in self._sinks and acts(self.model, self):
+            self._entering[layer] = args[0] if args else kwargs["hidden_states"]
+
+    def _find_sinks(
+        self, hidden: Float[Tensor, "b n c"], keys: Bool[Tensor, "#b m"] | None
+    ) -> Bool[Tensor, "b n"]:
+        """The sinks among a prompt's tokens, of which those that `keys` has False are padding."""
+        if self.dims is not None or keys is None:
+            return find_sink_tokens(hidden, dims=self.dims, threshold=self.threshold)
+        first = keys.int().argmax(1).expand(hidden.shape[0]).tolist()
+        rows = [
+            find_sink_tokens(row[None], dims=find_sink_dims(row[begin:]), threshold=self.threshold)
+            for row, begin in zip(hidden, first, strict=True)
+        ]
+        return torch.cat(rows)
 
     def weights(self, site: Site, weights: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
+        if site.layer in self._entering:
+            hidden = self._entering.pop(site.layer)
+            self._sinks[site.layer] = self._find_sinks(hidden, site.visibility["key_mask"])
         sinks = self._sinks.get(site.layer)
         if sinks is None:
             return weights
-        m = weights.shape[-1]
-        image = (
-            self.image if self.image is not None else self.reading.of("image_token_id", "image_token_index")
-        )
-        image, sinks = (nn.functional.pad(x.to(weights.device), (0, m - x.shape[1])) for x in (image, sinks))
+        image = image_tokens(self.reading, self.image)
+        image, sinks = (self.reading.on_keys(site, x) for x in (image, sinks))
         moved, _ = redistribute(
             weights,
             image,
@@ -132,7 +147,7 @@ class VisualAttentionRedistribution(Intervention):
             min_image_share=self.min_image_share,
             keep=self.keep,
         )
-        place = torch.arange(m, device=weights.device)
+        place = torch.arange(weights.shape[-1], device=weights.device)
         last = torch.where(image, place, -1).amax(-1)  # of the image
-        after = place[m - weights.shape[2] :] > last[:, None]
+        after = site.query_positions() > last[:, None]
         return torch.where(after[:, None, :, None], moved, weights)

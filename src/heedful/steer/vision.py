@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from heedful.hf.attention import Visible
 from heedful.hf.tap import Site
 from heedful.steer.intervention import Reading
 
@@ -93,17 +95,25 @@ class ClassNotes:
         self._notes, self._told = {}, False
 
 
-def image_tokens(reading: Reading, given: Bool[Tensor, "b m"] | None) -> Bool[Tensor, "b m"]:
-    """The image tokens read so far: as given for the prompt, else those the configuration tells."""
+def image_tokens(
+    reading: Reading, given: Bool[Tensor, "b k"] | None, name: str = "image"
+) -> Bool[Tensor, "rows m"]:
+    """The image tokens read so far: as given for the prompt (by the argument `name`), else as configured."""
     if given is None:
         return reading.of("image_token_id", "image_token_index")
-    more = reading.ids.shape[1] - given.shape[1]
-    if given.shape[0] != reading.ids.shape[0] or more < 0:
+    rows, read = reading.ids.shape
+    told = for_beams(given, rows)
+    if told.shape[0] != rows or told.shape[1] > read:
         raise ValueError(
-            f"image has shape {tuple(given.shape)}, must have the {reading.ids.shape[0]} rows of the prompt "
-            f"and at most the {reading.ids.shape[1]} tokens read"
+            f"{name} has shape {tuple(given.shape)}, must have the {rows} rows of the prompt "
+            f"and at most the {read} tokens read"
         )
-    return torch.nn.functional.pad(given.to(reading.ids.device), (0, more))
+    return torch.nn.functional.pad(told.to(reading.ids.device), (0, read - told.shape[1]))
+
+
+def for_beams(given: Tensor, rows: int) -> Tensor:
+    """What is told of the rows of a prompt, for the several that beam search has in place of each."""
+    return given.repeat_interleave(max(rows // given.shape[0], 1), dim=0)
 
 
 def on_tokens(patches: Float[Tensor, "images t"], image: Bool[Tensor, "b m"]) -> Float[Tensor, "b m"]:
@@ -124,7 +134,7 @@ def on_tokens(patches: Float[Tensor, "images t"], image: Bool[Tensor, "b m"]) ->
 
 
 def without(
-    image: Bool[Tensor, "b m"], ids: Int[Tensor, "b m"], mask: Tensor | None
+    image: Bool[Tensor, "b m"], ids: Int[Tensor, "b m"], mask: Any
 ) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b k"]]:
     """Token ids without those of the image, padded on the left, and their attention mask.
 
@@ -138,9 +148,20 @@ def without(
     return ids.gather(1, order), keep.gather(1, order).long()
 
 
-def check_padding(mask: Tensor, ids: Int[Tensor, "b m"]) -> Tensor:
-    """The mask itself, if it has an entry for each token."""
+def check_padding(mask: Any, ids: Int[Tensor, "b m"]) -> Tensor:
+    """The mask of a prompt, which has an entry for each token. Raises ValueError for another one."""
+    mask = as_given(mask, ids)
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         told = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask is {told}, must have the shape {tuple(ids.shape)} of the prompt")
     return mask
+
+
+def as_given(mask: Any, ids: Int[Tensor, "b m"]) -> Any:
+    """The mask of a prompt as it was before `generate` prepared it for the places of a static cache."""
+    if isinstance(mask, dict):  # by kind of layer; at the prompt all know its padding
+        mask = next(iter(mask.values()))
+    if not isinstance(mask, Visible):
+        return mask
+    known = mask.key_mask
+    return torch.ones_like(ids) if known is None else known[:, : ids.shape[1]].expand(ids.shape).long()
