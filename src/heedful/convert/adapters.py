@@ -116,24 +116,26 @@ class AdaptedAttention(nn.Module):
         **_: Any,
     ) -> tuple[Float[Tensor, "b n c"], None]:
         block = self.block
+        layer: Any = self.layer_idx  # None where nothing is cached
         mask = attention_mask
         if self.cross and encoder_attention_mask is not None:
             mask = encoder_attention_mask
         cache, held = past_key_values, False
         if isinstance(cache, EncoderDecoderCache):
-            held = self.cross and bool(cache.is_updated.get(self.layer_idx))
+            held = self.cross and bool(cache.is_updated.get(layer))
             if self.cross:
-                cache.is_updated[self.layer_idx] = True
+                cache.is_updated[layer] = True
             cache = cache.cross_attention_cache if self.cross else cache.self_attention_cache
         query = self._heads(block.query(hidden_states))
         if held:
             assert cache is not None
-            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+            known: Any = cache.layers[layer]
+            key, value = known.keys, known.values
         else:
             source = encoder_hidden_states if self.cross else hidden_states
             key, value = self._heads(block.key(source)), self._heads(block.value(source))
             if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
+                key, value = cache.update(key, value, layer)
         visible = _visible(mask)
         if visible is None and self.is_causal and not self.cross:
             visible = Causal().mask(query.shape[2], key.shape[2], device=query.device)

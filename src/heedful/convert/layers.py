@@ -71,8 +71,9 @@ def prune_layers(
         for number, layer in enumerate(layers)
         if number not in kept
     ]
-    changed.base_model.encoder.layer = nn.ModuleList(layers[number] for number in kept)
-    for place, layer in enumerate(changed.base_model.encoder.layer):
+    encoder: Any = changed.base_model.encoder
+    encoder.layer = nn.ModuleList(layers[number] for number in kept)
+    for place, layer in enumerate(encoder.layer):
         if isinstance(layer, ExpertLayer):
             layer.layer = place
         else:
@@ -89,7 +90,8 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
     find_sites(model, ENCODERS)  # checks the kind
     if model.config.is_decoder:
         raise ValueError("model is a decoder, must be an encoder")
-    return list(model.base_model.encoder.layer)
+    encoder: Any = model.base_model.encoder
+    return list(encoder.layer)
 
 
 def _cost(model: PreTrainedModel, layer: Any, number: int, context: int) -> Cost:
