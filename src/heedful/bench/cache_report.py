@@ -22,14 +22,21 @@ def table(found: Comparison) -> Table:
     """A row for each policy and budget."""
     made = Table(title=found.about, title_justify="left", title_style="bold")
     made.add_column("cache", no_wrap=True)
-    for heading in ("bits/byte ↓", "keys found ↑", "by depth", "KiB held ↓", "ms a token ↓", "prompt, s ↓"):
+    for heading in (
+        "bits/byte ↓",
+        "keys found ↑",
+        "by depth, %",
+        "KiB held ↓",
+        "ms a token ↓",
+        "prompt, s ↓",
+    ):
         made.add_column(heading, justify="right")
     for r in found.results:
         made.add_row(
             r.label,
             f"{r.bits:.3f}",
             f"{r.found:.0%}",
-            " ".join(f"{share:.0%}" for share in r.retrieval.values()),
+            " ".join(f"{100 * share:.0f}" for share in r.retrieval.values()),
             f"{r.held / 1024:.0f}",
             f"{r.milliseconds:.2f}",
             f"{r.seconds:.2f}",
