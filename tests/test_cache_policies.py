@@ -184,6 +184,21 @@ def test_beams_are_unchanged_while_everything_fits(policy):
     assert torch.equal(model.generate(ids * mask, past_key_values=cache, **how), wanted)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prompt_in_pieces(policy):
+    """Pieces of 4; the second row has none of its tokens in the first two."""
+    model, ids = made(), tokens(2, 17)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    how = HOW | {"attention_mask": mask}
+    wanted = model.generate(ids * mask, **how)
+    small, big = (make(model) for make in POLICIES[policy])
+    got = model.generate(ids * mask, past_key_values=big, prefill_chunk_size=4, **how)
+    assert torch.equal(got, wanted)
+    got = model.generate(ids * mask, past_key_values=small, prefill_chunk_size=4, **how)
+    assert got.shape == wanted.shape and small.get_seq_length() == 25
+
+
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p != "dhsa"])
 def test_prompts_are_attended_in_full(policy):
     """All policies but a sparse prompt's drop entries, or read fewer, only after the prompt."""
