@@ -183,6 +183,16 @@ def test_a_model_under_tap_sees_the_same():
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)  # float32, weights * 4
 
 
+def test_a_predictor_in_float32_serves_a_model_in_bfloat16():
+    model, ids = made().to(torch.bfloat16), tokens(1, 40)
+    sizes = {"block_size": 2, "chunk_size": 2, "local_tokens": 2, "global_tokens": 1, "instruction_tokens": 2}
+    torch.manual_seed(0)
+    predictor = BoundaryPredictor(16, heads=2, window=2)
+    cache = DHSAPrefillCache(model, budget=6, predictor=[None, predictor], threshold=0.0, **sizes)
+    with torch.no_grad():
+        assert model(ids, past_key_values=cache).logits.isfinite().all()
+
+
 def test_pairs_looked_at_grow_with_the_budget():
     """A prompt of 4096: the groups hold blocks times budget, and the instruction's rows."""
     n = 4096

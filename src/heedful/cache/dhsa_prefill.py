@@ -172,7 +172,7 @@ class DHSAPrefillLayer(PolicyLayer):
             starts = torch.arange(0, m, rule.chunk_size, device=key.device)
             return F.pad(starts, (0, 1), value=m)[None]
         w = self.predictor.window
-        logits = self.predictor(key.transpose(1, 2).flatten(2))
+        logits = self.predictor(key.transpose(1, 2).flatten(2).to(self.predictor.mlp[0].weight.dtype))
         return published_boundaries(
             logits,
             window=w,
