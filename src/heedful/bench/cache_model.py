@@ -15,7 +15,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from heedful.torchvision_shim import mend_torchvision
 mend_torchvision()
 
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 ASK, DIGITS = b"\nkey~", 3
 OnStep = Callable[[int, float], None]  # step, loss
@@ -75,16 +77,30 @@ def lookup(
     told = json.dumps(dataclasses.asdict(settings), sort_keys=True).encode()
     folder = cache_folder() / f"llama-{hashlib.sha256(told + text.data).hexdigest()[:16]}"
     if (folder / "config.json").exists():
-        model = LlamaForCausalLM.from_pretrained(folder)
+        with _quiet():
+            model = LlamaForCausalLM.from_pretrained(folder)
         model.to(device)  # type: ignore[arg-type]
         return model.eval(), True
     model = trained(text, settings, device, on_step)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:  # the folder is there whole or not at all
-        model.save_pretrained(Path(made) / "model")
+        with _quiet():
+            model.save_pretrained(Path(made) / "model")
         if not folder.exists():
             shutil.move(Path(made) / "model", folder)
     return model, False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of transformers, which would run into heedful's own."""
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def cache_folder() -> Path:
