@@ -171,11 +171,10 @@ class DHSAPrefillLayer(PolicyLayer):
         if self.predictor is None:
             starts = torch.arange(0, m, rule.chunk_size, device=key.device)
             return F.pad(starts, (0, 1), value=m)[None]
-        w = self.predictor.window
-        logits = self.predictor(key.transpose(1, 2).flatten(2).to(self.predictor.mlp[0].weight.dtype))
+        tokens = key.transpose(1, 2).flatten(2).to(self.predictor.attention.in_proj_weight.dtype)
         return published_boundaries(
-            logits,
-            window=w,
+            self.predictor(tokens),
+            window=self.predictor.window,
             threshold=rule.threshold,
             most=m // rule.block_size * rule.chunk_beta,
             distance=rule.nms_window,
