@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from heedful.ops import attention as door
+from heedful.ops.call import Call
+from heedful.patterns.causal import Causal
 
+door = importlib.import_module("heedful.ops.attention")
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -41,8 +43,9 @@ def test_every_kernel_compiles_for_hopper_and_fits(tmp_path):
         assert on_tensor_cores == "True" or name in ("ends", "join", "outputs", "gradients"), name
 
 
-def _call(cuda: bool) -> SimpleNamespace:
-    return SimpleNamespace(query=SimpleNamespace(is_cuda=cuda, device=torch.device("cuda")))
+def _call() -> Call:
+    q = torch.zeros(1, 1, 4, 4)
+    return Call(q, q, q, Causal(), None, 0.5, None, None, 0, 0.0, False)
 
 
 @pytest.mark.parametrize(
@@ -63,5 +66,6 @@ def test_what_auto_takes_on_a_gpu(monkeypatch, served, new, compiling, want):
         monkeypatch.setattr(door.BACKENDS[name], "unsupported", lambda call, reason=reason: reason)
     monkeypatch.setattr(door.triton, "suits", lambda device: new)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    assert door._sparse(_call(True)) == want
-    assert door._sparse(_call(False)) == "tiled"
+    assert door._sparse(_call()) == "tiled"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    assert door._sparse(_call()) == want
