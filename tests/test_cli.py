@@ -130,3 +130,32 @@ def test_help(words):
 
 def test_version():
     assert run("--version").output == f"heedful {heedful.__version__}\n"
+
+
+@pytest.mark.door
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("ops", "--lengths", "0,64"), "lengths is '0,64', must be whole numbers of at least 1"),
+        (("ops", "--mechanisms", "--grid", "8x0"), "grid is '8x0', must be sizes of maps"),
+        (("recurrences", "--lengths", "many"), "lengths is 'many', must be whole numbers of at least 1"),
+        (("recurrences", "--lengths", "64,"), "lengths is '64,', must be whole numbers of at least 1"),
+        (("icl", "--heads", "-1"), "heads is '-1', must be whole numbers of at least 1"),
+        (("rf", "--keys", "2;3"), "keys is '2;3', must be whole numbers of at least 1"),
+        (
+            ("rf", "--json", "/no/such/place/f.json"),
+            "/no/such/place is not a folder; f.json cannot be written",
+        ),
+        (("digits", "--json", "/no/such/place/f.json"), "/no/such/place is not a folder"),
+    ],
+)
+def test_bad_options_of_bench_end_in_one_line_before_anything_runs(words, said):
+    result = run("bench", *words)
+    assert result.exit_code == 2
+    assert said in result.stderr and result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_python_m_heedful_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "heedful", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"heedful {heedful.__version__}\n"

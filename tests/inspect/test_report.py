@@ -218,7 +218,7 @@ def test_errors_are_one_line(vit, tmp_path):
         ((vit, "--text", "hello"), "takes images: give --image"),
         ((vit, "--image", tmp_path / "no.png"), "cannot be read as an image"),
         ((vit, "--text", "a", "--image", "b"), "not both"),
-        (("--out", tmp_path / "deep" / "a.html"), "there is no folder"),
+        (("--out", tmp_path / "deep" / "a.html"), "is not a folder; a.html cannot be written there"),
     ):
         done = run(*words, *(() if "--out" in words else out))
         assert done.exit_code == 2 and part in done.stderr

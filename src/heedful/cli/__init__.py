@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -67,6 +68,27 @@ def fail(message: object) -> NoReturn:
     """Leave with one line on standard error and exit code 2."""
     typer.echo(f"heedful: {message}", err=True)
     raise typer.Exit(2)
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """The numbers of an option such as 4096,16384."""
+    try:
+        numbers = [int(x) for x in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        fail(f"{name} is {text!r}, must be whole numbers of at least 1 with commas between, e.g. 2,16")
+    return numbers
+
+
+def writable(file: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before anything long has run."""
+    if file is not None and not file.absolute().parent.is_dir():
+        fail(f"{file.absolute().parent} is not a folder; {file.name} cannot be written there")
+    return file
+
+
+JsonFile = Annotated[Path | None, typer.Option("--json", callback=writable, help="Write the figures here.")]
 
 
 def main() -> None:

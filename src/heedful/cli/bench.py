@@ -12,7 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from heedful.cli import bench_models, bench_recurrences, bench_restore, bench_theory, fail
+from heedful.cli import (
+    JsonFile,
+    bench_models,
+    bench_recurrences,
+    bench_restore,
+    bench_theory,
+    fail,
+    whole_numbers,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -56,15 +64,12 @@ def _ops(
     flex: Annotated[
         bool, typer.Option(help="Also compiled FlexAttention's forward (needs a C++ compiler).")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the points here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     from heedful.bench import ops
 
     lengths = lengths or ("2048,8192,32768" if mechanisms else "4096,16384")
-    try:
-        sizes = [int(x) for x in lengths.split(",")]
-    except ValueError:
-        fail(f"lengths is {lengths!r}, must be whole numbers with commas between, e.g. 4096,16384")
+    sizes = whole_numbers("lengths", lengths)
     if mechanisms:
         shapes = [(size,) for size in sizes] if grid is None else _shapes(grid)
         _mechanisms(mixers, shapes, "sequence" if grid is None else "grid", device, json_file)
@@ -116,8 +121,12 @@ def _shapes(grid: str) -> list[tuple[int, ...]]:
     try:
         shapes: list[tuple[int, ...]] = [tuple(int(side) for side in x.split("x")) for x in grid.split(",")]
     except ValueError:
-        shapes = []
-    if not shapes or len({len(shape) for shape in shapes}) > 1 or len(shapes[0]) not in (1, 2, 3):
+        shapes = [()]
+    if (
+        len({len(shape) for shape in shapes}) > 1
+        or len(shapes[0]) not in (1, 2, 3)
+        or min(map(min, shapes)) < 1
+    ):
         fail(f"grid is {grid!r}, must be sizes of maps with commas between, e.g. 8x32x32,16x32x32")
     return shapes
 

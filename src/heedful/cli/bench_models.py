@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,9 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from heedful.cli import fail
+from heedful.cli import JsonFile, fail
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 
 
@@ -36,7 +34,7 @@ def _digits(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the start and of the batches.")] = 0,
     threads: Threads = 1,
-    json_file: Json = None,
+    json_file: JsonFile = None,
 ) -> None:
     import torch
 
@@ -87,7 +85,7 @@ def _models(
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each step.")] = 5,
     threads: Threads = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json_file: Json = None,
+    json_file: JsonFile = None,
 ) -> None:
     import torch
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from heedful.cli import fail
+from heedful.cli import JsonFile, fail, whole_numbers
 
 
 def register(bench: typer.Typer) -> None:
@@ -22,16 +21,13 @@ def _run(
     lengths: Annotated[
         str, typer.Option(help="Comma-separated numbers of tokens.")
     ] = "2048,4096,8192,16384,32768,65536",
-    repeats: Annotated[int, typer.Option(help="The shortest of so many times counts.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="The shortest of so many times counts.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the points here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     from heedful.bench import recurrences as bench
 
-    try:
-        sizes = [int(x) for x in lengths.split(",")]
-    except ValueError:
-        fail(f"lengths is {lengths!r}, must be whole numbers with commas between, e.g. 4096,16384")
+    sizes = whole_numbers("lengths", lengths)
     names = ops.split(",") if ops else [*bench.OPS]
     console = Console()
     found = []

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from heedful.cli import fail
+from heedful.cli import JsonFile, fail
 
 
 def register(bench: typer.Typer) -> None:
@@ -24,10 +24,10 @@ def _restore(
     models: Annotated[
         str, typer.Option(help="Comma-separated names.")
     ] = "catanet,region-attention-transformer",
-    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each model.")] = 500,
     seed: Annotated[int, typer.Option(help="Of the start, the patches and the noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write pictures here: before, after, original.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     from heedful.bench import restore as bench
 

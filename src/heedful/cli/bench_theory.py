@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from heedful.cli import fail
+from heedful.cli import JsonFile, fail, whole_numbers
 
 Seed = Annotated[int, typer.Option(help="Of the data and of the start.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
 
 
 def register(bench: typer.Typer) -> None:
@@ -27,11 +26,11 @@ def _icl(
     steps: Annotated[int, typer.Option(help="Training steps of each layer.")] = 2000,
     starts: Annotated[int, typer.Option(help="Random starts, of which the best is shown.")] = 2,
     seed: Seed = 0,
-    json_file: Json = None,
+    json_file: JsonFile = None,
 ) -> None:
     from heedful.bench import icl
 
-    counts = _numbers("heads", heads)
+    counts = whole_numbers("heads", heads)
     console = Console()
     try:
         with _progress(console) as bars:
@@ -60,13 +59,13 @@ def _rf(
         str | None, typer.Option(help="Comma-separated numbers of training samples; default 500,1500.")
     ] = None,
     seed: Seed = 0,
-    json_file: Json = None,
+    json_file: JsonFile = None,
 ) -> None:
     from heedful.bench import random_features as rf
 
     heads = rf.HEADS if heads is None else heads
-    sizes = rf.KEYS if keys is None else _numbers("keys", keys)
-    counts = rf.SAMPLES if samples is None else _numbers("samples", samples)
+    sizes = rf.KEYS if keys is None else whole_numbers("keys", keys)
+    counts = rf.SAMPLES if samples is None else whole_numbers("samples", samples)
     console = Console()
     try:
         with _progress(console) as bars:
@@ -84,13 +83,6 @@ def _rf(
         errors = (f"{x:.3f}" for x in (point.attention, point.biased, point.mlp))
         table.add_row(point.target, str(point.keys), str(point.samples), *errors)
     _show(console, table, report, json_file)
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    try:
-        return [int(x) for x in text.split(",")]
-    except ValueError:
-        fail(f"{name} is {text!r}, must be whole numbers with commas between")
 
 
 def _progress(console: Console) -> Progress:

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from heedful.cli import JsonFile, fail, writable
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -52,9 +54,9 @@ def compare(
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    json: JsonFile = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write a self-contained HTML report to this file.")
+        Path | None, typer.Option(callback=writable, help="Write a self-contained HTML report to this file.")
     ] = None,
 ) -> None:
     """Train the same small network with each mixer on your task and machine; say which to take."""
@@ -69,7 +71,6 @@ def compare(
         )
         return
     try:
-        _check_folders(json, report)
         plan = bench.plan(
             task=task,
             mixers=mixers,
@@ -82,8 +83,7 @@ def compare(
             device=device,
         )
     except ValueError as error:
-        typer.echo(f"heedful compare: {error}", err=True)
-        raise typer.Exit(2) from None
+        fail(error)
     found = bench.compare(plan, Live(console))
     _show(console, found)
     if json is not None:
@@ -130,11 +130,9 @@ def _caches(
             raise ValueError(
                 f"the task cache has no {unfit[0]}; it takes mixers, data, steps, device, json, report"
             )
-        _check_folders(json, report)
         plan = bench.plan(policies=policies, data=data, steps=steps, device=device)
     except ValueError as error:
-        typer.echo(f"heedful compare: {error}", err=True)
-        raise typer.Exit(2) from None
+        fail(error)
     from heedful.bench import cache_report
 
     found = bench.compare(plan, Live(console))
@@ -149,9 +147,3 @@ def _caches(
         console.print(f"report: {report}", markup=False, highlight=False)
     if found.interrupted:
         raise typer.Exit(130)
-
-
-def _check_folders(*files: Path | None) -> None:
-    for file in files:
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"{file.absolute().parent} is not a folder; {file.name} cannot be written there")

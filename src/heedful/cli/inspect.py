@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from heedful.cli import fail
+from heedful.cli import JsonFile, fail, writable
 
 
 def register(app: typer.Typer) -> None:
@@ -45,13 +45,12 @@ def inspect(
             "which show what a mechanism is made to do and not what training makes of it."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("inspect.html"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    out: Annotated[Path, typer.Option(callback=writable, help="Where to write the page.")] = Path(
+        "inspect.html"
+    ),
+    json_file: JsonFile = None,
 ) -> None:
     """What each attention head of a model does and how much it matters, as one HTML page."""
-    for file in (out, json_file):
-        if file is not None and not file.resolve().parent.is_dir():
-            fail(f"there is no folder {file.resolve().parent} to write {file.name} into")
     try:
         from heedful.inspect.findings import inspect_model
         from heedful.inspect.html_report import write_html
