@@ -162,7 +162,7 @@ def test_command(tmp_path):
 def test_door():
     for words, message in (
         (["--heads", "two"], "heads is 'two'"),
-        (["--heads", "0"], "heads is 0"),
+        (["--heads", "0"], "heads is '0'"),
         (["--starts", "0"], "starts is 0"),
     ):
         done = CliRunner().invoke(app, ["bench", "icl", *words])
