@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from heedful.mixers.scan.a2mamba import A2MambaGlobalAttention, MultiScaleAttentionAugmentedSSM
-from heedful.models.backbone import Backbone, head
+from heedful.models.backbone import head
 from heedful.models.parts import ConvNorm, DropPath, LayerNorm2d, ResidualConvMlp, drop_path_rates
+from heedful.models.pyramid import Pyramid
 from heedful.registry import register
 
 CONFIGS = {
@@ -63,7 +64,7 @@ CONFIGS = {
 
 
 @register("a2mamba-backbone", kind="model", paper="a2mamba", tags=("image", "state space", "local"))
-class A2Mamba(Backbone):
+class A2Mamba(Pyramid):
     """Image backbone whose tokens meet by neighborhood attention and a scan whose states it mixes.
 
         block:  x += DWConv3x3(x);   x += mixer(LN(x));   x += DWConv3x3(x);   x += mlp(LN(x))
@@ -153,13 +154,6 @@ class A2Mamba(Backbone):
     @property
     def width(self) -> int:
         return self.projection
-
-    def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
-        maps = []
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
-        return maps
 
     def pool(self, last: Float[Tensor, "b c height width"]) -> Float[Tensor, "b e"]:
         return F.silu(self.norm(self.proj(last))).mean((2, 3))

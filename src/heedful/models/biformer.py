@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from heedful.mixers.grid.attention_lepe import AttentionLePE
 from heedful.mixers.grid.biformer import BiLevelRoutingAttention
-from heedful.models.backbone import Backbone, head
+from heedful.models.backbone import head
 from heedful.models.parts import DropPath, Mlp, drop_path_rates
+from heedful.models.pyramid import Pyramid
 from heedful.registry import register
 
 CONFIGS = {
@@ -27,7 +28,7 @@ CONFIGS = {
 
 
 @register("biformer-backbone", kind="model", paper="biformer", tags=("image", "sparse", "routing"))
-class BiFormer(Backbone):
+class BiFormer(Pyramid):
     """Image backbone with bi-level routing attention in three stages and dense attention in the last.
 
         block:  x += DWConv3x3(x);   x += attention(LN(x));   x += mlp(LN(x))
@@ -95,16 +96,6 @@ class BiFormer(Backbone):
             self.norm = nn.BatchNorm2d(dims[-1])
             self.head = head(dims[-1], classes)
         self.apply(_init)
-
-    def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
-        maps = []
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
-        return maps
-
-    def pool(self, last: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c"]:
-        return self.norm(last).mean((2, 3))
 
 
 class Block(nn.Module):

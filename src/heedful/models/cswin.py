@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from heedful.checks import check_divides, check_positive
 from heedful.mixers.grid.agent_attention import in_stripes
-from heedful.models.backbone import Backbone, head
-from heedful.models.parts import DropPath, LayerNorm2d, Mlp, drop_path_rates, init_linear
+from heedful.models.backbone import head
+from heedful.models.parts import DropPath, LayerNorm2d, Mlp, init_linear
+from heedful.models.pyramid import Pyramid, stages_of
 from heedful.ops.attention import attention
 
 
-class CSwin(Backbone):
+class CSwin(Pyramid):
     """Four stages of equal blocks; the head sees the mean of the last map behind a norm.
 
         block:  q, k, v = W LN(x);   x += W_o attention(q, k, v);   x += mlp(LN(x))
@@ -52,34 +53,22 @@ class CSwin(Backbone):
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         self.downsample = nn.ModuleList([Smaller(in_channels, dims[0], kernel=7, stride=4)])
         self.downsample.extend(Smaller(a, b, kernel=3, stride=2) for a, b in pairwise(dims))
-        rates = drop_path_rates(depths, drop_path)
-        self.stages = nn.ModuleList()
-        for stage, (dim, reduction) in enumerate(zip(dims, self.reductions, strict=True)):
-            side = -(-image_size // reduction)
-            self.stages.append(
-                nn.Sequential(
-                    *(
-                        Block(dim, attend(stage, i, side), int(mlp_ratio * dim), rate)
-                        for i, rate in enumerate(rates[stage])
-                    )
-                )
-            )
+        sides = [-(-image_size // reduction) for reduction in self.reductions]
+
+        def block(stage: int, place: int, rate: float) -> Block:
+            dim = dims[stage]
+            return Block(dim, attend(stage, place, sides[stage]), int(mlp_ratio * dim), rate)
+
+        self.stages = stages_of(block, depths, drop_path)
         if not features_only:
             self.norm = LayerNorm2d(dims[-1])
             self.head = head(dims[-1], classes)
         self.apply(init_linear)
 
     def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
-        maps = []
         x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
-        x = x.contiguous(memory_format=torch.channels_last)  # so that tokens are views of maps
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
-        return maps
-
-    def pool(self, last: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c"]:
-        return self.norm(last).mean((2, 3))
+        # Channels last: tokens are then views of maps.
+        return super().features(x.contiguous(memory_format=torch.channels_last))
 
 
 class Smaller(nn.Sequential):

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from heedful.mixers.grid.davit import ChannelGroupAttention, DaViTWindowAttention
-from heedful.models.backbone import Backbone, head
+from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, Mlp, drop_path_rates
+from heedful.models.pyramid import Pyramid
 from heedful.registry import register
 
 CONFIGS = {
@@ -46,7 +47,7 @@ CONFIGS = {
 
 
 @register("davit-backbone", kind="model", paper="davit", tags=("image", "window", "channel"))
-class DaViT(Backbone):
+class DaViT(Pyramid):
     """Image backbone of pairs of blocks: one attends in windows of tokens, one in groups of channels.
 
         block:  x += DWConv3x3(x);   x += attention(LN(x));   x += DWConv3x3(x);   x += mlp(LN(x))
@@ -115,12 +116,8 @@ class DaViT(Backbone):
         self.apply(_init)
 
     def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
-        maps = []
-        x = x.contiguous(memory_format=torch.channels_last)  # so that tokens are views of maps
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
-        return maps
+        # Channels last: tokens are then views of maps.
+        return super().features(x.contiguous(memory_format=torch.channels_last))
 
     def pool(self, last: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c"]:
         return self.norm(last.mean((2, 3)))

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from heedful.checks import check_positive
 from heedful.mixers.grid.focalnet import FocalModulation
-from heedful.models.backbone import Backbone, head
+from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, LayerScale, Mlp, drop_path_rates
+from heedful.models.pyramid import Pyramid
 from heedful.registry import register
 
 CONFIGS = {
@@ -133,7 +134,7 @@ CONFIGS = {
 
 
 @register("focalnet-backbone", kind="model", paper="focalnet", tags=("image", "convolution", "gate"))
-class FocalNet(Backbone):
+class FocalNet(Pyramid):
     """Image backbone whose mixer is focal modulation; one stage makes it isotropic.
 
         block:  x += gamma1 modulation(LN(x));   x += gamma2 mlp(LN(x)),   or with LN after instead of before
@@ -219,15 +220,8 @@ class FocalNet(Backbone):
         self.apply(_init)
 
     def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
-        maps = []
-        x = x.contiguous(memory_format=torch.channels_last)  # so that tokens are views of maps
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
-        return maps
-
-    def pool(self, last: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c"]:
-        return self.norm(last).mean((2, 3))
+        # Channels last: tokens are then views of maps.
+        return super().features(x.contiguous(memory_format=torch.channels_last))
 
 
 class Block(nn.Module):

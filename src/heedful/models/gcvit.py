@@ -15,8 +15,9 @@ from heedful.mixers.grid.gcvit import (
     GlobalQueryGenerator,
     GlobalQueryWindowAttention,
 )
-from heedful.models.backbone import Backbone, head
+from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, LayerScale, Mlp, drop_path_rates
+from heedful.models.pyramid import Pyramid
 from heedful.registry import register
 
 # The multiply-adds published for xtiny, tiny2 and small2 leave out the products of attention (without them
@@ -57,7 +58,7 @@ POOLS = (3, 2, 0, 0)  # how often the generator of each stage halves the map
 
 
 @register("gcvit-backbone", kind="model", paper="gcvit", tags=("image", "window", "global"))
-class GCViT(Backbone):
+class GCViT(Pyramid):
     """Image backbone whose windows, in every second block, answer queries made from the whole map.
 
         block:  x += gamma1 attention(LN(x));   x += gamma2 mlp(LN(x))
@@ -127,15 +128,8 @@ class GCViT(Backbone):
         self.apply(_init)
 
     def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
-        maps = []
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # so that tokens are views of maps
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
-        return maps
-
-    def pool(self, last: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c"]:
-        return self.norm(last).mean((2, 3))
+        # Channels last: tokens are then views of maps.
+        return super().features(self.stem(x.contiguous(memory_format=torch.channels_last)))
 
 
 class Stage(nn.Module):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from heedful.mixers.grid.davit import DaViTWindowAttention
 from heedful.mixers.grid.local_concentration import LocalConcentration
 from heedful.mixers.linear.l2vit import ReLULinearAttention
-from heedful.models.backbone import Backbone, head
+from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, Mlp, drop_path_rates, init_linear
+from heedful.models.pyramid import Pyramid
 from heedful.registry import register
 
 CONFIGS = {
@@ -40,7 +41,7 @@ CONFIGS = {
 
 
 @register("l2vit-backbone", kind="model", paper="l2vit", tags=("image", "linear", "window"))
-class L2ViT(Backbone):
+class L2ViT(Pyramid):
     """Image backbone whose blocks attend within windows and over the whole map in turn, windows first.
 
     Positions come from depthwise convolutions alone. A stem of two strided convolutions and a 2 x 2
@@ -101,13 +102,6 @@ class L2ViT(Backbone):
             self.norm = nn.LayerNorm(dims[-1])
             self.head = head(dims[-1], classes)
         self.apply(init_linear)
-
-    def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
-        maps = []
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
-        return maps
 
     def pool(self, last: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c"]:
         return self.norm(last.flatten(2).transpose(1, 2)).mean(1)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from heedful.checks import check_choice, check_positive
 from heedful.mixers.grid.spatial_fc import SpatialFC
-from heedful.models.backbone import Backbone, head
+from heedful.models.backbone import head
 from heedful.models.parts import ConvMlp, DropPath, LayerNorm2d, LayerScale, drop_path_rates
+from heedful.models.pyramid import Pyramid
 from heedful.registry import create, register
 
 CONFIGS = {
@@ -85,7 +86,7 @@ REDUCTIONS = (4, 8, 16, 32)
     tags=("image", "pooling"),
     aliases=("metaformer", "poolformer-backbone"),
 )
-class MetaFormer(Backbone):
+class MetaFormer(Pyramid):
     """Image backbone of four stages of transformer blocks whose mixer of tokens is left open.
 
         block:  x += gamma1 mixer(norm(x));   x += gamma2 mlp(norm(x))
@@ -160,16 +161,10 @@ class MetaFormer(Backbone):
         self.apply(_init)
 
     def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
-        maps = []
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
+        maps = super().features(x)
         if self.features_only:
             maps = [norm(y) for norm, y in zip(self.norms, maps, strict=True)]
         return maps
-
-    def pool(self, last: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c"]:
-        return self.norm(last).mean((2, 3))
 
 
 class MetaFormerBlock(nn.Module):

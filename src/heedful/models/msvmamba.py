@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from heedful.mixers.scan.msvmamba import MultiScaleScan2d
-from heedful.models.backbone import Backbone, head
+from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, ResidualConvMlp, drop_path_rates, init_linear
+from heedful.models.pyramid import Pyramid
 from heedful.registry import register
 
 # The published multiply-adds hold 5 a normed number, 10 a step of the scans and 4 an interpolated number;
@@ -30,7 +31,7 @@ CONFIGS = {
 
 
 @register("msvmamba-backbone", kind="model", paper="msvmamba", tags=("image", "state space", "multi-scale"))
-class MSVMamba(Backbone):
+class MSVMamba(Pyramid):
     """Image backbone whose tokens meet by scans, one at full and three at half resolution.
 
         block:  x += scan(LN(x));   x += mlp(LN(x))
@@ -77,16 +78,6 @@ class MSVMamba(Backbone):
             self.norm = LayerNorm2d(dims[-1])
             self.head = head(dims[-1], classes)
         self.apply(init_linear)
-
-    def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
-        maps = []
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
-        return maps
-
-    def pool(self, last: Float[Tensor, "b c height width"]) -> Float[Tensor, "b c"]:
-        return self.norm(last).mean((2, 3))
 
 
 class Block(nn.Module):

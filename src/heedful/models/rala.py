@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from heedful.mixers.grid.rala import RALAVanillaAttention, RankAugmentedLinearAttention
-from heedful.models.backbone import Backbone, head
+from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, LayerScale, ResidualConvMlp, drop_path_rates
+from heedful.models.pyramid import Pyramid
 from heedful.registry import register
 
 # The published multiply-adds are within 2 % of those of the convolutions and norms (2.42, 4.53, 9.84 and
@@ -48,7 +49,7 @@ CONFIGS = {
 
 
 @register("rala-backbone", kind="model", paper="rala", tags=("image", "linear"))
-class RAVLT(Backbone):
+class RAVLT(Pyramid):
     """Image backbone with linear attention in its two wide stages and softmax attention in the two late ones.
 
         block:  x += DWConv3x3(x);   x += g1 attention(LN(x));   x += g2 mlp(LN(x))
@@ -115,13 +116,6 @@ class RAVLT(Backbone):
     @property
     def width(self) -> int:
         return self.projection
-
-    def features(self, x: Float[Tensor, "b c height width"]) -> list[Tensor]:
-        maps = []
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
-        return maps
 
     def pool(self, last: Float[Tensor, "b c height width"]) -> Float[Tensor, "b e"]:
         return F.silu(self.norm(self.proj(last))).mean((2, 3))
