@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -84,3 +85,22 @@ def count(named, device):
     with torch.device(device):
         model = models.create(named.name)
         return models.multiply_adds(model, torch.zeros(1, model.in_channels, named.size, named.size))
+
+
+def _lists(cls):
+    """The arguments that give each stage something."""
+    defaults = {name: x.default for name, x in inspect.signature(cls).parameters.items()}
+    found = {name: value for name, value in defaults.items() if isinstance(value, tuple)}
+    stages = len(found.get("depths", ()))
+    return [name for name, value in found.items() if stages > 1 and len(value) == stages]
+
+
+@pytest.mark.door
+@pytest.mark.parametrize("family", [name for name in FAMILIES if len(_lists(FAMILIES[name])) > 1])
+def test_each_stage_has_an_entry(family):
+    cls = FAMILIES[family]
+    for name in _lists(cls):
+        default = inspect.signature(cls).parameters[name].default
+        for wrong in (default[:-1], (*default, default[-1])):
+            with pytest.raises(ValueError, match="one for each stage"):
+                cls(**{**cls.example, name: wrong})

@@ -27,6 +27,13 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name} is {value!r}, must be one of {', '.join(map(repr, choices))}")
 
 
+def check_stages(stages: int, **lists: Sequence[object]) -> None:
+    """Raise ValueError unless each list has one entry for each stage."""
+    for name, values in lists.items():
+        if len(values) != stages:
+            raise ValueError(f"{name} is {tuple(values)}, must have {stages} entries, one for each stage")
+
+
 def check_tokens(name: str, x: Tensor, dim: int) -> None:
     """Tokens of shape (batch, tokens, dim)."""
     if x.ndim != 3 or x.shape[-1] != dim:

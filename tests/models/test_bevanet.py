@@ -150,7 +150,7 @@ def test_training_gives_three_and_reaches_every_parameter():
 
 @pytest.mark.door
 def test_errors():
-    with pytest.raises(ValueError, match=r"depths is \(2, 2\), must be three numbers"):
+    with pytest.raises(ValueError, match=r"depths is \(2, 2\), must have 3 entries, one for each stage"):
         BEVANet(depths=(2, 2))
     with pytest.raises(ValueError, match="x has shape"):
         BEVANet(**BEVANet.example)(torch.zeros(1, 4, 64, 64))

@@ -149,5 +149,5 @@ def test_errors():
         DualTokenAttention(6, heads=4)
     with pytest.raises(ValueError, match="kernel is 4, must be odd"):
         DualTokenAttention(6, kernel=4)
-    with pytest.raises(ValueError, match=r"heads is \(1, 2\), must be as long as"):
+    with pytest.raises(ValueError, match=r"heads is \(1, 2\), must have 3 entries, one for each stage"):
         DualTokenViT(heads=(1, 2))

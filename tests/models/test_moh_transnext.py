@@ -65,5 +65,5 @@ def test_authors_names():
 
 @pytest.mark.door
 def test_errors():
-    with pytest.raises(ValueError, match=r"shared_heads is \(1,\), must be as long as depths"):
+    with pytest.raises(ValueError, match=r"shared_heads is \(1,\), must have 4 entries, one for each stage"):
         MoHTransNeXt(shared_heads=(1,))

@@ -64,5 +64,5 @@ def test_published_flops_of_micro_with_the_products_of_neighbours():
 
 @pytest.mark.door
 def test_errors():
-    with pytest.raises(ValueError, match=r"heads is \(1, 2\), must be as long as"):
+    with pytest.raises(ValueError, match=r"heads is \(1, 2\), must have 4 entries, one for each stage"):
         TransNeXt(heads=(1, 2))

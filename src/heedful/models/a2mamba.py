@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.scan.a2mamba import A2MambaGlobalAttention, MultiScaleAttentionAugmentedSSM
 from heedful.models.backbone import head
 from heedful.models.parts import ConvNorm, DropPath, LayerNorm2d, ResidualConvMlp, drop_path_rates
@@ -118,6 +119,16 @@ class A2Mamba(Pyramid):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
+        check_stages(
+            4,
+            depths=depths,
+            dims=dims,
+            heads=heads,
+            windows=windows,
+            mlp_ratios=mlp_ratios,
+            scale=scale,
+            scale_path=scale_path,
+        )
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         self.projection = projection
         self.downsample = nn.ModuleList([_stem(in_channels, dims[0])])

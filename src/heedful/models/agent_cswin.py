@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.agent_attention import AgentCore
 from heedful.models.cswin import CSwin, Stripes, crossing
 from heedful.registry import register
@@ -83,6 +84,7 @@ class AgentCSwin(CSwin):
             stripe = stripes[stage] if stage < 3 else side
             return crossing(dim, heads=own, stripe=stripe, side=side)
 
+        check_stages(4, heads=heads, agents=agents, agent_layers=agent_layers, stripes=stripes)
         super().__init__(
             attend,
             classes=classes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.agent_attention import AgentAttentionPVT
 from heedful.models.pvt import PVT
 from heedful.registry import register
@@ -53,6 +54,7 @@ class AgentPVT(PVT):
         image_size: int = 224,
         drop_path: float = 0.0,
     ) -> None:
+        check_stages(4, heads=heads, agents=agents)
         super().__init__(
             lambda stage, side: AgentAttentionPVT(
                 dims[stage], heads=heads[stage], agents=agents[stage], size=(side, side)

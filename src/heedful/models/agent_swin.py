@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.agent_attention import AgentAttention
 from heedful.models.swin import ShiftedWindowAttention, Swin
 from heedful.registry import register
@@ -81,6 +82,7 @@ class AgentSwin(Swin):
                 dims[stage], heads=heads[stage], window=min(window, side), shifted=layer % 2 == 1
             )
 
+        check_stages(4, heads=heads, agents=agents, agent_layers=agent_layers)
         super().__init__(
             mixer,
             classes=classes,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from heedful.checks import check_map, check_positive
+from heedful.checks import check_map, check_positive, check_stages
 from heedful.models.bevanet_parts import (
     BoundaryGuidedFusion,
     EVABlock,
@@ -85,9 +85,7 @@ class BEVANet(nn.Module):
         super().__init__()
         for name, value in (("classes", classes), ("in_channels", in_channels), ("dim", dim)):
             check_positive(name, value)
-        for name, values in (("depths", depths), ("kernels", kernels)):
-            if len(values) != 3:
-                raise ValueError(f"{name} is {tuple(values)}, must be three numbers")
+        check_stages(3, depths=depths, kernels=kernels)
         self.in_channels = in_channels
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, dim, 3, stride=2, padding=1),

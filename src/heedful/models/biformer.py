@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.attention_lepe import AttentionLePE
 from heedful.mixers.grid.biformer import BiLevelRoutingAttention
 from heedful.models.backbone import head
@@ -72,6 +73,7 @@ class BiFormer(Pyramid):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
+        check_stages(4, depths=depths, dims=dims)
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         first = dims[0] // 2
         stem = nn.Sequential(*_halve(in_channels, first), nn.GELU(), *_halve(first, dims[0]))

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from heedful.checks import check_divides, check_positive
+from heedful.checks import check_divides, check_positive, check_stages
 from heedful.mixers.grid.agent_attention import in_stripes
 from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, Mlp, init_linear
@@ -50,6 +50,7 @@ class CSwin(Pyramid):
         drop_path: float,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
+        check_stages(4, depths=depths, dims=dims)
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         self.downsample = nn.ModuleList([Smaller(in_channels, dims[0], kernel=7, stride=4)])
         self.downsample.extend(Smaller(a, b, kernel=3, stride=2) for a, b in pairwise(dims))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.davit import ChannelGroupAttention, DaViTWindowAttention
 from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, Mlp, drop_path_rates
@@ -90,8 +91,7 @@ class DaViT(Pyramid):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
-        if not len(depths) == len(dims) == len(heads):
-            raise ValueError(f"heads is {tuple(heads)}, must be as long as depths and dims")
+        check_stages(len(dims), depths=depths, heads=heads)
         self.channels, self.reductions = tuple(dims), tuple(4 * 2**stage for stage in range(len(dims)))
         self.downsample, self.stages = nn.ModuleList(), nn.ModuleList()
         rates = drop_path_rates([2 * depth for depth in depths], drop_path)

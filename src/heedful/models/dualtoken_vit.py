@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.dualtoken_vit import DualTokenAttention
 from heedful.models.backbone import Backbone, head
 from heedful.models.parts import ConvNorm, DropPath, LayerNorm2d, Mlp, drop_path_rates, init_linear
@@ -71,9 +72,7 @@ class DualTokenViT(Backbone):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
-        for name, values in (("heads", heads), ("mlp_ratios", mlp_ratios)):
-            if not len(values) == len(depths) == len(dims):
-                raise ValueError(f"{name} is {tuple(values)}, must be as long as depths and dims")
+        check_stages(len(dims), depths=depths, heads=heads, mlp_ratios=mlp_ratios)
         stages = len(dims)
         self.channels, self.reductions = tuple(dims), tuple(8 * 2**stage for stage in range(stages))
         self.stem = _stem(in_channels, dims[0])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from heedful.checks import check_positive
+from heedful.checks import check_positive, check_stages
 from heedful.mixers.grid.efficientvit_cga import CascadedGroupAttention
 from heedful.models.backbone import Backbone, head
 from heedful.models.conv_parts import ConvFFN, Residual, depthwise, merge, stem16
@@ -104,8 +104,7 @@ class EfficientViT(Backbone):
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
         check_positive("image_size", image_size)
-        if not len(depths) == len(dims) == len(heads):
-            raise ValueError(f"heads is {tuple(heads)}, must be as long as depths and dims")
+        check_stages(len(dims), depths=depths, heads=heads)
         if dims[0] % 8:
             raise ValueError(f"dims is {tuple(dims)}, must start with a multiple of 8")
         self.channels, self.reductions = tuple(dims), tuple(16 * 2**stage for stage in range(len(dims)))

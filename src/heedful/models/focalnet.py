@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from heedful.checks import check_positive
+from heedful.checks import check_positive, check_stages
 from heedful.mixers.grid.focalnet import FocalModulation
 from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, LayerScale, Mlp, drop_path_rates
@@ -182,8 +182,7 @@ class FocalNet(Pyramid):
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
         check_positive("patch_size", patch_size)
         levels = [levels] * len(dims) if isinstance(levels, int) else levels
-        if not len(depths) == len(dims) == len(levels):
-            raise ValueError(f"levels is {tuple(levels)}, must be as long as depths and dims")
+        check_stages(len(dims), depths=depths, levels=levels)
         if conv_embed and patch_size != 4:
             raise ValueError(f"patch_size is {patch_size}, must be 4 with conv_embed")
         self.channels = tuple(dims)

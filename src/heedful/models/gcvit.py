@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.gcvit import (
     FusedConv,
     GCViTWindowAttention,
@@ -102,8 +103,7 @@ class GCViT(Pyramid):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
-        if not len(depths) == len(heads) == len(windows) == len(POOLS):
-            raise ValueError(f"windows is {tuple(windows)}, must have 4 entries, as depths and heads")
+        check_stages(len(POOLS), depths=depths, heads=heads, windows=windows)
         self.channels, self.reductions = tuple(dim * 2**stage for stage in range(4)), (4, 8, 16, 32)
         self.stem = nn.Conv2d(in_channels, dim, 3, stride=2, padding=1)
         self.downsample, self.stages = nn.ModuleList([Reduce(dim, dim)]), nn.ModuleList()

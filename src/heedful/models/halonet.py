@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.halonet import HaloAttention
 from heedful.models.backbone import Backbone, head
 from heedful.models.parts import ConvNorm, DropPath, drop_path_rates
@@ -130,8 +131,7 @@ class HaloNet(Backbone):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
-        if not len(depths) == len(dims) == len(heads):
-            raise ValueError(f"heads is {tuple(heads)}, must be as long as depths and dims")
+        check_stages(len(dims), depths=depths, heads=heads)
         self.channels = tuple(int(dim * out_ratio) for dim in dims)
         self.reductions = tuple(4 * 2**stage for stage in range(len(dims)))
         self.final_width = final

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.inline_attention import InLineAttentionCSwin
 from heedful.models.cswin import CSwin, crossing
 from heedful.registry import register
@@ -79,6 +80,7 @@ class InLineCSwin(CSwin):
             stripe = stripes[stage] if stage < 3 else side
             return crossing(dim, heads=own, stripe=stripe, side=side)
 
+        check_stages(4, heads=heads, linear_layers=linear_layers, stripes=stripes)
         super().__init__(
             attend,
             classes=classes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.inline_attention import InLineAttention
 from heedful.models.pvt import PVT
 from heedful.registry import register
@@ -50,6 +51,7 @@ class InLinePVT(PVT):
         image_size: int = 224,
         drop_path: float = 0.0,
     ) -> None:
+        check_stages(4, heads=heads)
         super().__init__(
             lambda stage, _: InLineAttention(dims[stage], heads=heads[stage]),
             classes=classes,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.inline_attention import InLineAttention
 from heedful.models.swin import ShiftedWindowAttention, Swin
 from heedful.registry import register
@@ -76,6 +77,7 @@ class InLineSwin(Swin):
                 dims[stage], heads=heads[stage], window=min(window, side), shifted=layer % 2 == 1
             )
 
+        check_stages(4, heads=heads, linear_layers=linear_layers)
         super().__init__(
             mixer,
             classes=classes,

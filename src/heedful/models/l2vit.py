@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.davit import DaViTWindowAttention
 from heedful.mixers.grid.local_concentration import LocalConcentration
 from heedful.mixers.linear.l2vit import ReLULinearAttention
@@ -81,6 +82,7 @@ class L2ViT(Pyramid):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
+        check_stages(4, depths=depths, dims=dims, heads=heads)
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         self.downsample = nn.ModuleList([_stem(in_channels, dims[0])])
         self.downsample.extend(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.mambaout import GatedCNN
 from heedful.models.backbone import Backbone, head
 from heedful.models.parts import DropPath, drop_path_rates
@@ -68,6 +69,7 @@ class MambaOut(Backbone):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
+        check_stages(4, depths=depths, dims=dims)
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         half = dims[0] // 2
         stem = nn.Sequential(_Halve(in_channels, half), nn.GELU(), _Halve(half, dims[0]))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from heedful.checks import check_positive
+from heedful.checks import check_positive, check_stages
 from heedful.mixers.grid.maxvit import MultiAxisAttention
 from heedful.models.backbone import Backbone, head
 from heedful.models.conv_parts import SqueezeExcite
@@ -91,8 +91,7 @@ class MaxViT(Backbone):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
-        if len(depths) != len(dims):
-            raise ValueError(f"depths is {tuple(depths)}, must be as long as dims")
+        check_stages(len(dims), depths=depths)
         check_positive("stem", stem)
         self.channels, self.reductions = tuple(dims), tuple(4 * 2**stage for stage in range(len(dims)))
         self.stem = nn.Sequential()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from heedful.checks import check_choice, check_positive
+from heedful.checks import check_choice, check_positive, check_stages
 from heedful.mixers.grid.spatial_fc import SpatialFC
 from heedful.models.backbone import head
 from heedful.models.parts import ConvMlp, DropPath, LayerNorm2d, LayerScale, drop_path_rates
@@ -129,8 +129,7 @@ class MetaFormer(Pyramid):
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
         check_choice("norm", norm, tuple(NORMS))
         check_positive("image_size", image_size)
-        if not len(depths) == len(dims) == len(mixers) == len(REDUCTIONS):
-            raise ValueError(f"mixers is {mixers!r}, must have one entry for each of 4 depths and 4 dims")
+        check_stages(len(REDUCTIONS), depths=depths, dims=dims, mixers=mixers)
         self.channels, self.reductions = tuple(dims), REDUCTIONS
         self.downsample = nn.ModuleList([nn.Conv2d(in_channels, dims[0], 7, stride=4, padding=2)])
         self.downsample.extend(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(dims))

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from heedful.checks import check_map, check_positive
+from heedful.checks import check_map, check_positive, check_stages
 from heedful.mixers.scan.mhs_vm import MultiHeadScanGate
 from heedful.models.msvmamba import Merge
 from heedful.models.parts import DropPath, LayerNorm2d, drop_path_rates, init_linear
@@ -73,6 +73,7 @@ class MHSVMUNet(nn.Module):
         super().__init__()
         check_positive("classes", classes)
         check_positive("in_channels", in_channels)
+        check_stages(4, depths=depths, decoder_depths=decoder_depths, dims=dims)
         if any(2 * a != b for a, b in pairwise(dims)):
             raise ValueError(f"dims is {tuple(dims)!r}, must double from stage to stage")
         self.classes, self.in_channels = classes, in_channels

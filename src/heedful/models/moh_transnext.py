@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from heedful.checks import check_stages
 from heedful.mixers.heads.moh_vit import MixtureOfHeadAggregatedAttention, MixtureOfHeadVisionAttention
 from heedful.models.transnext import TransNeXt
 from heedful.registry import register
@@ -74,9 +75,7 @@ class MoHTransNeXt(TransNeXt):
         trained_size: int | None = 224,
         drop_path: float = 0.0,
     ) -> None:
-        for name, values in (("shared_heads", shared_heads), ("routed_heads", routed_heads)):
-            if len(values) != len(depths):
-                raise ValueError(f"{name} is {tuple(values)}, must be as long as depths")
+        check_stages(len(dims), depths=depths, shared_heads=shared_heads, routed_heads=routed_heads)
         layers = sum(depth for depth, routed in zip(depths, routed_heads, strict=True) if routed)
         self._gates: list[dict[str, Any]] = [
             {"shared_heads": shared, "routed_heads": routed, "load_balance": 0.01 / max(1, layers)}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.scan.msvmamba import MultiScaleScan2d
 from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, ResidualConvMlp, drop_path_rates, init_linear
@@ -65,6 +66,7 @@ class MSVMamba(Pyramid):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
+        check_stages(4, depths=depths, dims=dims)
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         stem = nn.Sequential(nn.Conv2d(in_channels, dims[0], 4, stride=4), LayerNorm2d(dims[0]))
         self.downsample = nn.ModuleList([stem])

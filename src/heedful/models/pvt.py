@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.models.backbone import Backbone, head
 from heedful.models.parts import DropPath, LayerNorm2d, Mlp, drop_path_rates, init_linear, resize_table
 
@@ -44,6 +45,7 @@ class PVT(Backbone):
         drop_path: float,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
+        check_stages(4, depths=depths, dims=dims, mlp_ratios=mlp_ratios)
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         self.sides = [-(-image_size // reduction) for reduction in self.reductions]
         self.downsample = nn.ModuleList([Patches(in_channels, dims[0], 4)])

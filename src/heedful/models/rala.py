@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.rala import RALAVanillaAttention, RankAugmentedLinearAttention
 from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, LayerScale, ResidualConvMlp, drop_path_rates
@@ -94,6 +95,7 @@ class RAVLT(Pyramid):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
+        check_stages(4, depths=depths, dims=dims, heads=heads, layer_scale=layer_scale)
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         self.projection = projection
         self.downsample = nn.ModuleList([_stem(in_channels, dims[0])])

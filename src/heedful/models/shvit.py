@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.shvit import SingleHeadPartialAttention
 from heedful.models.backbone import Backbone, head
 from heedful.models.conv_parts import ConvFFN, Residual, depthwise, merge, stem16
@@ -79,8 +80,7 @@ class SHViT(Backbone):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
-        if not len(depths) == len(dims) == len(partial_dims):
-            raise ValueError(f"partial_dims is {tuple(partial_dims)}, must be as long as depths and dims")
+        check_stages(len(dims), depths=depths, partial_dims=partial_dims)
         if dims[0] % 8:
             raise ValueError(f"dims is {tuple(dims)}, must start with a multiple of 8")
         self.channels, self.reductions = tuple(dims), tuple(16 * 2**stage for stage in range(len(dims)))

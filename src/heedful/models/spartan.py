@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.spartan import MultiOrderSpatialMixer, WaveChannelMixer, conv_norm_act
 from heedful.models.backbone import Backbone, head
 from heedful.models.parts import ConvNorm, DropPath
@@ -61,8 +62,7 @@ class SpaRTAN(Backbone):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
-        if not len(depths) == len(dims) == len(expand):
-            raise ValueError(f"expand is {tuple(expand)}, must be as long as depths and dims")
+        check_stages(len(dims), depths=depths, expand=expand)
         self.channels, self.reductions = tuple(dims), tuple(4 * 2**stage for stage in range(len(dims)))
         first = dims[0]
         self.stem = nn.Sequential(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from heedful.checks import check_divides, check_map
+from heedful.checks import check_divides, check_map, check_stages
 from heedful.mixers.grid.spectformer import SpectralGating
 from heedful.models import deit
 from heedful.models.backbone import Backbone, head
@@ -203,6 +203,7 @@ class HierarchicalSpectFormer(Backbone):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
+        check_stages(4, depths=depths, dims=dims, heads=heads, mlp_ratios=mlp_ratios)
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         self.token_labels = token_labels
         self.downsample = nn.ModuleList([_stem(in_channels, stem, dims[0])])

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from heedful.checks import check_divides, check_positive
+from heedful.checks import check_divides, check_positive, check_stages
 from heedful.models.backbone import head
 from heedful.models.parts import DropPath, LayerNorm2d, Mlp, init_linear
 from heedful.models.pyramid import Pyramid, stages_of
@@ -48,6 +48,7 @@ class Swin(Pyramid):
         drop_path: float,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
+        check_stages(4, depths=depths, dims=dims)
         self.channels, self.reductions = tuple(dims), (4, 8, 16, 32)
         self.downsample = nn.ModuleList([Patches(in_channels, dims[0])])
         self.downsample.extend(Merge(a, b) for a, b in pairwise(dims))

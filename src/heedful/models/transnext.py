@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.conv_glu import ConvGLU
 from heedful.mixers.grid.transnext import AggregatedAttention, GlobalCosineAttention
 from heedful.models.backbone import Backbone, head
@@ -90,9 +91,7 @@ class TransNeXt(Backbone):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
-        for name, values in (("heads", heads), ("pool_ratios", pool_ratios), ("mlp_ratios", mlp_ratios)):
-            if not len(values) == len(depths) == len(dims):
-                raise ValueError(f"{name} is {tuple(values)}, must be as long as depths and dims")
+        check_stages(len(dims), depths=depths, heads=heads, pool_ratios=pool_ratios, mlp_ratios=mlp_ratios)
         self.channels, self.reductions = tuple(dims), tuple(4 * 2**stage for stage in range(len(dims)))
         self.downsample, self.stages, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         rates = drop_path_rates(depths, drop_path)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heedful.checks import check_stages
 from heedful.mixers.grid.van_lka import LargeKernelAttention
 from heedful.models.backbone import Backbone, head
 from heedful.models.metaformer_poolformer import MetaFormerBlock
@@ -84,8 +85,7 @@ class VAN(Backbone):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__(classes=classes, in_channels=in_channels, features_only=features_only)
-        if not len(depths) == len(dims) == len(mlp_ratios):
-            raise ValueError(f"mlp_ratios is {tuple(mlp_ratios)}, must be as long as depths and dims")
+        check_stages(len(dims), depths=depths, mlp_ratios=mlp_ratios)
         self.channels, self.reductions = tuple(dims), tuple(4 * 2**stage for stage in range(len(dims)))
         self.downsample, self.stages, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         rates = drop_path_rates(depths, drop_path)
