@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -181,15 +181,11 @@ def _towards(found: Attribution, rises: bool) -> Attribution:
 
 def _only(each: Explanation, methods: set[str]) -> Explanation:
     kept = [i for i, found in enumerate(each.attributions) if found.method in methods]
-    return Explanation(
-        each.sample,
-        each.target,
-        each.value,
-        each.nothing,
-        [each.attributions[i] for i in kept],
-        [each.deletion[i] for i in [*kept, -1]],
-        [each.insertion[i] for i in [*kept, -1]],
-        each.gap,
+    return replace(
+        each,
+        attributions=[each.attributions[i] for i in kept],
+        deletion=[each.deletion[i] for i in [*kept, -1]],
+        insertion=[each.insertion[i] for i in [*kept, -1]],
     )
 
 
