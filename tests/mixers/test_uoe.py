@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from heedful.mixers.heads.selective_multi_head_attention import SelectiveMultiHeadAttention
 from heedful.mixers.heads.self_attention import SelfAttention
 from heedful.mixers.heads.union_mlp import UnionMLP
+from heedful.models.decoder_lm import DecoderLM
 from heedful.routing.head_gate import load_balance
+from heedful.routing.sequence_gate import SequenceGate
 from heedful.routing.switch_gate import SwitchGate
+from heedful.testing import check_mixer
 
 
 def attention(**options):
@@ -130,6 +133,134 @@ def test_published_lists_are_as_long_as_the_fullest():
     torch.testing.assert_close(total, torch.full_like(total, 3.0), rtol=1e-5, atol=0.0)
 
 
+SEQUENCES = {"selection": "sequence", "length": 8}
+
+
+def best_of_sequence(gate, row):
+    """Probabilities of a sequence and the numbers of its experts; a short one is as if zeros followed."""
+    width = gate.linear.in_features
+    return best(gate, torch.cat([row.flatten(), row.new_zeros(width - row.numel())]))
+
+
+@pytest.mark.parametrize("gate_output", [False, True])
+@pytest.mark.parametrize("n", [8, 6])
+def test_heads_run_on_the_sequences_that_chose_them(gate_output, n):
+    torch.manual_seed(0)
+    mixer = attention(gate_output=gate_output, rotary_base=30.0, **SEQUENCES)
+    x = torch.randn(6, n, 12, dtype=torch.float64, requires_grad=True)
+    rows, choices = [], set()
+    for row in x:
+        s, experts = best_of_sequence(mixer.gate, row)
+        choices.add(tuple(sorted(experts)))
+        lists = [list(range(n)) if e in experts else [] for e in range(3)]
+        rows.append(literal_attention(mixer, row, lists, n * [s] if gate_output else None))
+    assert len(choices) > 1
+    assert_same_with_gradients(x, mixer.parameters(), mixer(x), torch.stack(rows))
+
+
+@pytest.mark.parametrize("gate_output", [False, True])
+@pytest.mark.parametrize("n", [8, 6])
+def test_experts_run_on_the_sequences_that_chose_them(gate_output, n):
+    torch.manual_seed(0)
+    mixer = perceptron(gate_output=gate_output, **SEQUENCES)
+    x = torch.randn(6, n, 5, dtype=torch.float64, requires_grad=True)
+    rows, choices = [], set()
+    for row in x:
+        s, experts = best_of_sequence(mixer.gate, row)
+        choices.add(tuple(sorted(experts)))
+        y = torch.zeros_like(row)
+        for e in experts:
+            out = F.gelu(row @ mixer.inner[e] + mixer.inner_bias[e]) @ mixer.outer[e] + mixer.outer_bias[e]
+            y = y + (s[e] * out if gate_output else out)
+        rows.append(y)
+    assert len(choices) > 1
+    assert_same_with_gradients(x, mixer.parameters(), mixer(x), torch.stack(rows))
+
+
+def test_a_head_sees_no_sequence_but_its_own(monkeypatch):
+    mixer, seen = attention(**SEQUENCES), []
+    x = torch.randn(5, 8, 12, dtype=torch.float64)
+    plain = F.linear
+
+    def counted(x, weight, bias=None):
+        seen.append((tuple(weight.shape), len(x)))
+        return plain(x, weight, bias)
+
+    _, taken = mixer.gate(x)
+    monkeypatch.setattr(F, "linear", counted)
+    mixer(x)
+    rows = taken[:, 0].sum(0).tolist()
+    assert [n for shape, n in seen if shape == (4, 12)] == rows  # queries
+    assert [n for shape, n in seen if shape == (8, 12)] == rows  # keys and values
+    assert [n for shape, n in seen if shape == (12, 4)] == rows  # outputs
+    assert sum(rows) == 5 * 2
+
+
+@pytest.mark.parametrize("made", [attention, perceptron])
+def test_sequences_of_a_batch_stand_alone(made):
+    mixer = made(**SEQUENCES)
+    x = torch.randn(6, 7, mixer.dim, dtype=torch.float64)
+    y, order = mixer(x), torch.tensor([3, 0, 5, 1, 4, 2])
+    torch.testing.assert_close(mixer(x[order]), y[order])
+    torch.testing.assert_close(torch.cat([mixer(row[None]) for row in x]), y)
+
+
+def test_the_choice_of_a_sequence_sees_the_future():
+    mixer = attention(**SEQUENCES, gate_output=True)
+    x = torch.randn(1, 8, 12, dtype=torch.float64, requires_grad=True)
+    assert not mixer.causal
+    (grad,) = torch.autograd.grad(mixer(x)[:, 0].sum(), x)
+    assert grad[:, 1:].abs().sum() > 0
+    for name in ("selective-multi-head-attention", "union-mlp"):
+        sizes = {"selection": "sequence", "length": 8}
+        with pytest.raises(ValueError, match=f"names '{name}', which sees the future as it is built"):
+            DecoderLM(11, 12, depth=1, heads=3, mixers=(name, sizes))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "padding",
+        "padded_equals_shorter",
+        "all_masked_row",
+        "batch_rows",
+        "gradient_values",
+        "parameter_gradients",
+        "odd_sizes",
+        "empty_input",
+        "float64",
+        "bfloat16",
+        "autocast",
+        "pickling",
+        "deepcopying",
+        "state_dict",
+        "activation_checkpointing",
+        "determinism",
+        "aux_losses",
+    ],
+)
+@pytest.mark.parametrize("made", [SelectiveMultiHeadAttention, UnionMLP])
+def test_conformance_with_sequences(made, name):
+    def built():
+        return made(**made.example, selection="sequence", length=40, gate_output=True)
+
+    check_mixer(built, only=[name])
+
+
+def test_the_gate_of_sequences():
+    gate = SequenceGate(5, experts=4, topk=2, length=8, dtype=torch.float64)
+    x = torch.randn(3, 8, 5, dtype=torch.float64)
+    s, taken = gate(x)
+    torch.testing.assert_close(s[:, 0], gate.linear(x.flatten(1)).softmax(-1))
+    assert (taken.sum(-1) == 2).all()
+    assert s.masked_fill(~taken, 2.0).amin() >= s.masked_fill(taken, -1.0).amax(-1).amin()
+    assert ((s * taken).amax(-1) == s.amax(-1)).all()
+    mask = torch.arange(8) < torch.tensor([8, 5, 0])[:, None]
+    masked, _ = gate(x, mask=mask)
+    torch.testing.assert_close(masked[1:2], gate(x[1:2, :5])[0])
+    torch.testing.assert_close(masked[2, 0], gate.linear.bias.softmax(-1))
+
+
 def test_all_heads_for_all_tokens_are_multi_head_attention():
     mixer = attention(topk=3)
     plain = SelfAttention(12, heads=3, causal=True, rotary=True, dtype=torch.float64)
@@ -151,6 +282,13 @@ def test_all_heads_for_all_tokens_are_multi_head_attention():
     torch.testing.assert_close(mixer(x), plain(x))
     mixer.selection = "paper"
     torch.testing.assert_close(mixer(x), plain(x))
+    mixer.gate = attention(topk=3, **SEQUENCES).gate
+    torch.testing.assert_close(mixer(x), plain(x))
+    mask = torch.tensor([[True] * 7, [False, True, True, False, True, True, True]])
+    mixer.selection = "sequence"
+    torch.testing.assert_close(
+        mixer(x, mask=mask)[mask], plain(x, mask=mask, positions=mask.long().cumsum(1) - 1)[mask]
+    )
 
 
 def test_decoding_keeps_the_chosen_heads_alone():
@@ -180,8 +318,9 @@ def test_perceptron_equals_the_card(gate_output):
     assert_same_with_gradients(x, mixer.parameters(), mixer(x), expected)
 
 
-def test_all_experts_are_the_whole_perceptron():
-    mixer = perceptron(topk=4)
+@pytest.mark.parametrize("how", [{}, SEQUENCES])
+def test_all_experts_are_the_whole_perceptron(how):
+    mixer = perceptron(topk=4, **how)
     x = torch.randn(2, 6, 5, dtype=torch.float64)
     inner = F.gelu(x @ torch.cat([*mixer.inner], 1) + mixer.inner_bias.flatten())
     torch.testing.assert_close(mixer(x), inner @ mixer.outer.flatten(0, 1) + mixer.outer_bias.sum(0))
@@ -211,6 +350,27 @@ def test_losses_train_the_gate():
         assert mixer.aux_losses == {}
 
 
+def test_losses_of_sequences():
+    x = torch.randn(3, 7, 12, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([7, 2, 0])[:, None]
+    mixer = attention(**SEQUENCES, load_balance=0.5)
+    mixer(x, mask=mask)
+    s = torch.stack(
+        [best_of_sequence(mixer.gate, row[shown])[0] for row, shown in zip(x[:2], mask, strict=False)]
+    )
+    used = torch.stack([(p >= p.sort().values[-2]).double() for p in s])
+    expected = 0.5 * 3 * (used.mean(0) * s.mean(0)).sum()  # a sequence counts once, an empty one does not
+    loss = mixer.aux_losses["load_balance"]
+    torch.testing.assert_close(loss, expected)
+    assert torch.autograd.grad(loss, mixer.gate.linear.weight)[0].abs().sum() > 0
+    mixer = UnionMLP(12, hidden=8, load_balance=0.5, dtype=torch.float64, **SEQUENCES)
+    mixer(x, mask=mask)
+    s, taken = mixer.gate(x[:2], mask=mask[:2])
+    torch.testing.assert_close(
+        mixer.aux_losses["load_balance"], 0.5 * 4 * (taken.double().mean((0, 1)) * s.mean((0, 1))).sum()
+    )
+
+
 def test_parameters():
     def count(mixer):
         return sum(p.numel() for p in mixer.parameters())
@@ -230,6 +390,24 @@ def test_door():
         attention(heads=4)
     with pytest.raises(ValueError, match="experts is 5, must divide hidden"):
         perceptron(experts=5)
+    for made in (attention, perceptron):
+        with pytest.raises(ValueError, match="length is None, must be the largest number of tokens"):
+            made(selection="sequence")
+        with pytest.raises(ValueError, match="length is 0, must be a whole number of at least 1"):
+            made(selection="sequence", length=0)
+        with pytest.raises(ValueError, match="length is 8, must be None with selection='strict'"):
+            made(length=8)
+        mixer = made(**SEQUENCES)
+        with pytest.raises(ValueError, match="x has 9 tokens, must have at most length, which is 8"):
+            mixer(torch.zeros(1, 9, mixer.dim, dtype=torch.float64))
+        with pytest.raises(ValueError, match="selection is 'sequence', must be 'strict' to decode"):
+            mixer.init_state(1)
+    with pytest.raises(ValueError, match="state is given, must be None with selection='sequence'"):
+        attention(**SEQUENCES)(torch.zeros(1, 3, 12, dtype=torch.float64), state=attention().init_state(1))
+    with pytest.raises(ValueError, match="selection is 'sequence', must be 'strict' or 'paper'"):
+        attention(**SEQUENCES).published(torch.zeros(1, 3, 12, dtype=torch.float64))
+    with pytest.raises(ValueError, match="topk is 5, must be at most 4"):
+        SequenceGate(5, experts=4, topk=5, length=8)
     for mixer in (attention(selection="paper"), perceptron(selection="paper")):
         x = torch.zeros(1, 3, mixer.dim, dtype=torch.float64)
         with pytest.raises(ValueError, match="selection is 'paper', must be 'strict' to decode"):

@@ -1,4 +1,4 @@
-"""Selective multi-head attention: every token chooses its heads, every head attends among its tokens."""
+"""Selective multi-head attention: tokens or sequences choose their heads, heads attend among their tokens."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from heedful.ops.rotary import rotary_angles, rotate
 from heedful.patterns.causal import Causal
 from heedful.registry import register
 from heedful.routing.head_gate import load_balance, token_lists
-from heedful.routing.switch_gate import SwitchGate
+from heedful.routing.sequence_gate import SequenceGate, make_gate
 
-SELECTIONS = ("strict", "paper")
+SELECTIONS = ("strict", "paper", "sequence")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ class SelectiveMultiHeadAttention(Mixer):
     selection    "strict": a token's heads depend on that token alone. "paper": as published, a head takes
                  as many tokens of each row as the fullest head of the batch (`SwitchGate.published`), so the
                  choice sees the future and the other rows; the attribute `causal` is then False, there is no
-                 state, and a mask is refused
+                 state, and a mask is refused. "sequence": published too, the heads of a whole sequence are
+                 chosen at once (`SequenceGate`), which sees the future however the heads then hide it;
+                 `causal` is False, there is no state
+    length       with "sequence", the largest number of tokens
     gate_output  multiply what a head gives by the token's probability of it, which trains the gate; the
                  authors do not, and the gate then learns from the auxiliary loss alone
     load_balance  weight of the auxiliary loss
@@ -88,6 +91,7 @@ class SelectiveMultiHeadAttention(Mixer):
         heads: int = 10,
         topk: int | None = None,
         selection: str = "strict",
+        length: int | None = None,
         gate_output: bool = False,
         load_balance: float = 0.01,
         rotary_base: float = 10000.0,
@@ -106,7 +110,7 @@ class SelectiveMultiHeadAttention(Mixer):
         self.rotary_base, self.dropout = rotary_base, dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         topk = max(1, heads // 2) if topk is None else topk
-        self.gate = SwitchGate(dim, experts=heads, topk=topk, **factory)
+        self.gate = make_gate(dim, experts=heads, topk=topk, selection=selection, length=length, **factory)
         self.query = nn.Linear(dim, dim, **factory)
         self.kv = nn.Linear(dim, 2 * dim, **factory)  # head after head, first its keys, then its values
         self.out = nn.Parameter(torch.empty(heads, self.head_dim, dim, **factory))
@@ -121,7 +125,9 @@ class SelectiveMultiHeadAttention(Mixer):
     def init_state(self, batch: int) -> SelectiveState:
         """The state before the first token of `batch` sequences."""
         if not self.causal:
-            raise ValueError("selection is 'paper', must be 'strict' to decode: it reads later tokens")
+            raise ValueError(
+                f"selection is {self.selection!r}, must be 'strict' to decode: it reads later tokens"
+            )
         return SelectiveState()
 
     def forward(
@@ -138,10 +144,13 @@ class SelectiveMultiHeadAttention(Mixer):
         check_no_context(context, context_mask)
         check_mask("mask", mask, x.shape[0], x.shape[1])
         check_positions("positions", positions, x.shape[0], x.shape[1])
+        if mask is not None and self.selection == "paper":
+            raise ValueError("mask is given, must be None with selection='paper'")
+        if state is not None and not self.causal:
+            raise ValueError(f"state is given, must be None with selection={self.selection!r}")
+        if isinstance(self.gate, SequenceGate):
+            return self._by_sequence(x, mask)
         if self.selection == "paper":
-            for name, given in (("mask", mask), ("state", state)):
-                if given is not None:
-                    raise ValueError(f"{name} is given, must be None with selection='paper'")
             return self.published(x)
         # 1. Each token's heads.
         s, taken = self.gate(x)
@@ -171,6 +180,8 @@ class SelectiveMultiHeadAttention(Mixer):
         Queries are turned by their places among the chosen tokens of x, keys by those among the chosen
         tokens of the memory and of x, as published.
         """
+        if isinstance(self.gate, SequenceGate):
+            raise ValueError("selection is 'sequence', must be 'strict' or 'paper': its gate knows no tokens")
         s, taken = self.gate(x)
         self._note(s, taken, None)
         _, selected = self.gate.published(x)
@@ -183,6 +194,43 @@ class SelectiveMultiHeadAttention(Mixer):
             source = torch.cat([memory, x], dim=1)
         query, key, value = self._project(x, source, _places(mine), _places(listed))
         return self._attend(query, key, value, mine, listed, s)
+
+    def _by_sequence(self, x: Tensor, mask: Tensor | None) -> Float[Tensor, "b n c"]:
+        """Each head on the sequences that chose it, as causal attention among all of their tokens."""
+        # 1. Each sequence's heads.
+        s, taken = self.gate(x, mask=mask)
+        self._note(s, taken, None if mask is None else mask.any(1, keepdim=True))
+        place = torch.arange(x.shape[1], device=x.device) if mask is None else mask.long().cumsum(1) - 1
+        turn = {"base": self.rotary_base, "dtype": x.dtype}
+        angles = rotary_angles(place, self.head_dim, **turn).expand(x.shape[0], -1, -1)  # type: ignore[arg-type]
+        parameters = zip(
+            *(
+                t.chunk(self.heads)
+                for t in (self.query.weight, self.query.bias, self.kv.weight, self.kv.bias)
+            ),
+            self.out,
+            self.out_bias,
+            strict=True,
+        )
+        y = torch.zeros_like(x)
+        for e, (q_weight, q_bias, kv_weight, kv_bias, out, out_bias) in enumerate(parameters):
+            rows = taken[:, 0, e].nonzero()[:, 0]
+            # 2. Queries and keys, turned by their places, and values.
+            query = rotate(F.linear(x[rows], q_weight, q_bias), angles[rows])
+            key, value = F.linear(x[rows], kv_weight, kv_bias).chunk(2, dim=-1)
+            key = rotate(key, angles[rows])
+            # 3. to 5. Attention, and its part of the sum.
+            head = attention(
+                *(t[:, None] for t in (query, key, value)),
+                pattern=Causal(),
+                key_mask=None if mask is None else mask[rows],
+                dropout_p=self.dropout if self.training else 0.0,
+            )
+            part = F.linear(head[:, 0], out.T, out_bias)
+            if self.gate_output:
+                part = part * s[rows, :, e, None].to(part.dtype)
+            y = y.index_add(0, rows, part.to(y.dtype))
+        return y
 
     def _note(self, s: Tensor, taken: Tensor, mask: Tensor | None) -> None:
         loss = self.load_balance * load_balance(s, taken, mask)

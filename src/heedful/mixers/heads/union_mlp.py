@@ -22,9 +22,9 @@ from heedful.mixers.mixer import Mixer
 from heedful.mixers.state import State
 from heedful.registry import register
 from heedful.routing.head_gate import load_balance
-from heedful.routing.switch_gate import SwitchGate
+from heedful.routing.sequence_gate import SequenceGate, make_gate
 
-SELECTIONS = ("strict", "paper")
+SELECTIONS = ("strict", "paper", "sequence")
 
 
 @register(
@@ -51,7 +51,9 @@ class UnionMLP(Mixer):
     selection    "strict": a token's experts depend on that token alone. "paper": as published, an expert
                  takes half of the tokens of each row (`SwitchGate.published`), so the choice sees the future
                  and the other rows; the attribute `causal` is then False, there is no state, and a mask is
-                 refused
+                 refused. "sequence": published too, the experts of a whole sequence are chosen at once
+                 (`SequenceGate`), which sees the future; `causal` is False, there is no state
+    length       with "sequence", the largest number of tokens
     gate_output  multiply what an expert gives by the token's probability of it, which trains the gate; the
                  authors do not, and the gate then learns from the auxiliary loss alone
     load_balance  weight of the auxiliary loss
@@ -72,6 +74,7 @@ class UnionMLP(Mixer):
         experts: int = 4,
         topk: int = 2,
         selection: str = "strict",
+        length: int | None = None,
         gate_output: bool = False,
         load_balance: float = 0.01,
         dropout: float = 0.1,
@@ -86,7 +89,7 @@ class UnionMLP(Mixer):
         self.experts, self.selection, self.causal = experts, selection, selection == "strict"
         self.gate_output, self.load_balance, self.dropout = gate_output, load_balance, dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.gate = SwitchGate(dim, experts=experts, topk=topk, **factory)
+        self.gate = make_gate(dim, experts=experts, topk=topk, selection=selection, length=length, **factory)
         width = hidden // experts
         self.inner = nn.Parameter(torch.empty(experts, dim, width, **factory))
         self.inner_bias = nn.Parameter(torch.zeros(experts, width, **factory))
@@ -98,7 +101,9 @@ class UnionMLP(Mixer):
     def init_state(self, batch: int) -> State:
         """The state before the first token of `batch` sequences."""
         if not self.causal:
-            raise ValueError("selection is 'paper', must be 'strict' to decode: it reads later tokens")
+            raise ValueError(
+                f"selection is {self.selection!r}, must be 'strict' to decode: it reads later tokens"
+            )
         return State()
 
     def forward(
@@ -115,15 +120,21 @@ class UnionMLP(Mixer):
         check_no_context(context, context_mask)
         check_mask("mask", mask, x.shape[0], x.shape[1])
         check_positions("positions", positions, x.shape[0], x.shape[1])
-        # 1. Each token's experts.
-        s, taken = self.gate(x)
-        loss = self.load_balance * load_balance(s, taken, mask)
-        self.aux_losses = {"load_balance": loss} if self.training else {}
-        if self.selection == "paper":
-            for name, given in (("mask", mask), ("state", state)):
-                if given is not None:
-                    raise ValueError(f"{name} is given, must be None with selection='paper'")
-            _, taken = self.gate.published(x, length=x.shape[1] // 2)
+        if mask is not None and self.selection == "paper":
+            raise ValueError("mask is given, must be None with selection='paper'")
+        if state is not None and not self.causal:
+            raise ValueError(f"state is given, must be None with selection={self.selection!r}")
+        # 1. Each token's experts, or those of the whole sequence.
+        if isinstance(self.gate, SequenceGate):
+            s, taken = self.gate(x, mask=mask)
+            loss = load_balance(s, taken, None if mask is None else mask.any(1, keepdim=True))
+            s, taken = (t.expand(-1, x.shape[1], -1) for t in (s, taken))
+        else:
+            s, taken = self.gate(x)
+            loss = load_balance(s, taken, mask)
+            if self.selection == "paper":
+                _, taken = self.gate.published(x, length=x.shape[1] // 2)
+        self.aux_losses = {"load_balance": self.load_balance * loss} if self.training else {}
         # 2. Each expert on its tokens; the results are added where they came from.
         flat, sums = x.flatten(0, 1), []
         for e in range(self.experts):
