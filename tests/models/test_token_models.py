@@ -293,7 +293,10 @@ def test_errors():
         (lambda: model.generate(ids, 2, temperature=1.0, top_p=0.0), "top_p is 0.0, must be above 0"),
         (lambda: model.generate(ids, 2, temperature=1.0, top_k=0), "top_k is 0"),
         (lambda: DecoderLM(11, 16, heads=4, depth=0), "depth is 0"),
-        (lambda: DecoderLM(11, 16, heads=4, mlp="relu"), "mlp is 'relu', must be one of 'swiglu', 'gelu'"),
+        (
+            lambda: DecoderLM(11, 16, heads=4, mlp="relu"),
+            "mlp is 'relu', must be one of 'swiglu', 'gelu', 'polynorm'",
+        ),
         (lambda: DecoderLM(11, 16, heads=4, norm="batch"), "norm is 'batch'"),
         (lambda: DecoderLM(0, 16), "vocabulary is 0"),
     ):

@@ -8,12 +8,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heedful.checks import check_choice, check_positive
+from heedful.mixers.heads.polynorm import PolyNormGLU
 from heedful.mixers.heads.swiglu import SwiGLU
 from heedful.mixers.mixer import Mixer
 from heedful.mixers.state import State
 
 NORMS = ("rms", "layer")
-MLPS = ("swiglu", "gelu")
+MLPS = ("swiglu", "gelu", "polynorm")
 
 
 def make_norm(
@@ -50,7 +51,7 @@ class Block(nn.Module):
     """x = x + mixer(norm(x)),  x = x + mlp(norm(x))
 
     mixer   any sequence mixer
-    mlp     "swiglu" or "gelu";  hidden: its inner width, None: the usual one
+    mlp     "swiglu", "gelu" or "polynorm" (`PolyNormGLU`);  hidden: its inner width, None: the usual one
     norm    "rms" or "layer"
 
     forward: x (b, n, c), mask (b, n) with True = a token; with the mixer's state x continues the sequence and
@@ -73,12 +74,13 @@ class Block(nn.Module):
         self.norm1 = make_norm(norm, mixer.dim, device=device, dtype=dtype)
         self.norm2 = make_norm(norm, mixer.dim, device=device, dtype=dtype)
         dim = mixer.dim
-        if mlp == "swiglu":  # two thirds of 4 dim, since it has three matrices; a multiple of 8
-            inner = -(-dim // 3) * 8 if hidden is None else hidden
-            self.mlp: nn.Module = SwiGLU(dim, hidden=inner, device=device, dtype=dtype)
-        else:
+        if mlp == "gelu":
             inner = 4 * dim if hidden is None else hidden
-            self.mlp = GELU(dim, hidden=inner, device=device, dtype=dtype)
+            self.mlp: nn.Module = GELU(dim, hidden=inner, device=device, dtype=dtype)
+        else:  # two thirds of 4 dim, since they have three matrices; a multiple of 8
+            inner = -(-dim // 3) * 8 if hidden is None else hidden
+            made = SwiGLU if mlp == "swiglu" else PolyNormGLU
+            self.mlp = made(dim, hidden=inner, device=device, dtype=dtype)
 
     def forward(
         self,

@@ -35,7 +35,8 @@ class DecoderLM(Stack):
                 have one: 3 * ["gated-deltanet"] + ["self-attention"] is full attention in every fourth layer
     heads       of the mixers that have heads; None: their own default
     rotary      rotary positions in the mixers that can have them; the others know order as they are built
-    mlp         "swiglu" or "gelu";  hidden: its inner width, None: about 8/3 dim and 4 dim
+    mlp         "swiglu", "gelu" or "polynorm" (Motif's);  hidden: its inner width, None: 4 dim for "gelu",
+                about 8/3 dim for the others
     norm        "rms" or "layer"
     tied        logits with the embedding's own weights; else a head of its own
 
