@@ -162,6 +162,177 @@ def test_encoder_forms(tmp_path):
     torch.testing.assert_close(out.loss, -out.logits.log_softmax(-1)[[0, 1], [2, 0]].mean())
 
 
+def masked(**how) -> nn.Module:
+    sizes = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return shaken(transformers.AutoModelForMaskedLM.from_config(hf.EncoderConfig(**{**sizes, **how})))
+
+
+@pytest.mark.parametrize("made", [causal, masked])
+def test_hidden_states_are_those_between_the_layers(made):
+    model, given = made(mixers="self-attention", mlp="polynorm"), prompt()
+    out = model(**given, output_hidden_states=True)
+    ours, mask = model.model, given["attention_mask"].bool()
+    x = ours.embedding(given["input_ids"])
+    wanted = [x]
+    for layer in ours.layers:
+        x = layer(x, mask=mask)
+        wanted.append(x)
+    wanted[-1] = ours.norm(x)
+    torch.testing.assert_close(out.hidden_states, tuple(wanted))
+    torch.testing.assert_close(out.logits, ours.logits(wanted[-1]))
+    assert model(**given).hidden_states is None
+    model.config.output_hidden_states = True
+    assert len(model(**given).hidden_states) == len(wanted)
+    assert not any(layer._forward_pre_hooks for layer in ours.layers)
+
+
+def test_generation_gives_hidden_states():
+    model, given = causal(), prompt()
+    made = model.generate(
+        **given, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_hidden_states=True
+    )
+    assert [[tuple(h.shape) for h in step] for step in made.hidden_states] == [
+        4 * [(2, 9, 16)],
+        4 * [(2, 1, 16)],
+        4 * [(2, 1, 16)],
+    ]
+    whole = model(made.sequences, torch.cat([given["attention_mask"], torch.ones(2, 3).long()], 1)[:, :12])
+    last = model.model.logits(made.hidden_states[-1][-1][:, -1])
+    # float64, steps against the whole
+    torch.testing.assert_close(last, whole.logits[:, 10], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_computed_again_give_the_same_gradients(reentrant):
+    model, given = causal(mixers=["gated-deltanet", "self-attention", "union-mlp"]).train(), prompt()
+    model.model.mixers[2].dropout = 0.0
+    runs = []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients():
+        model.zero_grad()
+        out = model(**given, labels=given["input_ids"])
+        # The reentrant form cuts what leaves a layer by the side, as auxiliary losses do.
+        loss = out.loss if reentrant else out.loss + sum(model.model.aux_losses.values())
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted = gradients()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    runs.clear()
+    got = gradients()
+    assert len(runs) == 2
+    assert ("model.layers.2.mixer.gate.linear.weight" in wanted) == (not reentrant)
+    torch.testing.assert_close(got, wanted)
+    model.activation_checkpointing_disable()
+    runs.clear()
+    model(**given)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_vocabulary_is_kept(tied, tmp_path):
+    model, ids = causal(mixers="self-attention", tie_word_embeddings=tied), prompt()["input_ids"]
+    logits = model(ids).logits
+    model.resize_token_embeddings(21)
+    assert model.model.vocabulary == model.config.vocab_size == 21
+    same(model(ids).logits[..., :17], logits)
+    model.save_pretrained(tmp_path / "theirs")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float64)
+    same(again(ids).logits, model(ids).logits)
+    model.model.save(tmp_path / "ours")
+    ours = DecoderLM.load(tmp_path / "ours", dtype=torch.float64).eval()
+    same(ours(ids).logits, model(ids).logits)
+
+
+def test_mixers_from_a_factory_serve_but_cannot_be_saved(tmp_path):
+    factory = SEQUENCE["self-attention"].load()
+    ours = DecoderLM(17, 16, depth=1, mixers=lambda dim: factory(dim, heads=2, causal=True))
+    model = hf.DecoderLMForCausalLM.of(shaken(ours))
+    ids = prompt()["input_ids"]
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), ours.generate(ids, 3))
+    with pytest.raises(ValueError, match="mixers holds what JSON cannot, must be names"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_call_asks_no_state_of_what_cannot_decode():
+    model, given = causal(mixers="self-attention"), prompt()
+    wanted = model(**given)
+    assert wanted.past_key_values is not None
+    model.model.mixers[1].entry = SEQUENCE["l2vit"]
+    out = model(**given)
+    assert out.past_key_values is None
+    same(out.logits, wanted.logits)
+
+
+def test_losses_of_classification():
+    def classifier(labels, **how):
+        config = hf.EncoderConfig(
+            vocab_size=17,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_labels=labels,
+            id2label={i: str(i) for i in range(labels)},
+            **how,
+        )
+        return shaken(transformers.AutoModelForSequenceClassification.from_config(config))
+
+    given = prompt()
+    x, y = torch.randn(2, dtype=torch.float64), torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]).double()
+    out = classifier(1)(**given, labels=x)
+    torch.testing.assert_close(out.loss, (out.logits[:, 0] - x).square().mean())
+    out = classifier(3)(**given, labels=y)
+    p = out.logits.sigmoid()
+    torch.testing.assert_close(out.loss, -(y * p.log() + (1 - y) * (1 - p).log()).mean())
+    out = classifier(3, problem_type="regression")(**given, labels=y)
+    torch.testing.assert_close(out.loss, (out.logits - y).square().mean())
+    out = classifier(3)(**given, labels=torch.tensor([2, 0]))
+    torch.testing.assert_close(out.loss, -out.logits.log_softmax(-1)[[0, 1], [2, 0]].mean())
+
+
+def test_pipelines_of_encoders_with_a_bert_tokenizer():
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat"]
+    words = transformers.BertTokenizer(vocab={name: i for i, name in enumerate(names)})
+    assert "token_type_ids" in words("the cat")
+    config = hf.EncoderConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=4)
+    texts = ["the [MASK] sat", "the [MASK] sat the cat"]
+
+    def made(auto):
+        return auto.from_config(config).eval()
+
+    model = made(transformers.AutoModelForMaskedLM)
+    filled = transformers.pipeline("fill-mask", model=model, tokenizer=words)(texts, batch_size=2, top_k=1)
+    for text, (best,) in zip(texts, filled, strict=True):
+        ids = words(text, return_tensors="pt")["input_ids"]
+        p = model.model(ids).logits[0, 2].softmax(-1).detach()
+        assert best["token"] == p.argmax()
+        assert best["score"] == pytest.approx(float(p.max()), rel=1e-5)
+    base = made(transformers.AutoModel)
+    features = transformers.pipeline("feature-extraction", model=base, tokenizer=words)(texts[0])
+    hidden = base.model.encode(words(texts[0], return_tensors="pt")["input_ids"])[0]
+    torch.testing.assert_close(torch.tensor(features), hidden, rtol=1e-5, atol=1e-5)
+    judge = transformers.pipeline(
+        "text-classification", model=made(transformers.AutoModelForSequenceClassification), tokenizer=words
+    )
+    both = judge(texts, batch_size=2)
+    assert [one["label"] for one in both] == [judge(text)[0]["label"] for text in texts]
+
+
+def test_layers_stay_whole_on_several_devices():
+    accelerate = pytest.importorskip("accelerate")
+    model = causal()
+    size = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    where = accelerate.infer_auto_device_map(
+        model,
+        max_memory={"cpu": 2 * size, "disk": 10 * size},
+        no_split_module_classes=model._no_split_modules,
+    )
+    assert len(set(where.values())) == 2
+    assert all(name in ("model.embedding", "model.norm") or name.count(".") == 2 for name in where)
+
+
 def test_pipeline():
     words = tokenizer()
     model = causal(vocab_size=len(WORDS), pad_token_id=words.pad_token_id)

@@ -141,6 +141,7 @@ def test_the_loss_is_of_the_next_token():
     torch.testing.assert_close(loss, torch.stack(wanted).mean().to(loss.dtype))
     nothing = model(ids, labels=torch.full_like(ids, -100)).loss
     assert nothing == 0
+    assert model(ids.int(), mask=mask, labels=labels.int()).loss == loss
 
 
 def test_the_encoder_sees_both_ways_and_no_padding():
@@ -278,14 +279,22 @@ def test_what_cannot_serve_is_refused():
 
 @pytest.mark.door
 def test_errors():
-    model = DecoderLM(11, 16, depth=1, heads=4)
+    model, deeper = (DecoderLM(11, 16, depth=depth, heads=4) for depth in (1, 2))
     ids = torch.zeros(2, 3, dtype=torch.long)
     mask = torch.ones(2, 3, dtype=torch.bool)
     mask[0, 2] = False
     for call, message in (
         (lambda: model(ids[0]), r"ids has shape \(3,\), must be \(batch, tokens\)"),
         (lambda: model(ids, mask=ids), r"mask has shape \(2, 3\) and dtype torch.int64"),
-        (lambda: model(ids, labels=ids[:, 1:]), r"labels has shape \(2, 1\)"),
+        (lambda: model(ids.float()), "ids has dtype torch.float32, must be torch.int64 or torch.int32"),
+        (lambda: model(ids, labels=ids[:, 1:]), r"labels has shape \(2, 2\), must be \(2, 3\)"),
+        (lambda: model.generate(ids[0], 2), r"ids has shape \(3,\), must be \(batch, tokens\)"),
+        (lambda: model.generate(ids, 2, eos=[1, 2]), r"eos is \[1, 2\], must be one token"),
+        (lambda: model.generate(ids, 2, temperature=float("nan")), "temperature is nan"),
+        (lambda: deeper(ids, state=model.init_state(2)), "state has 1 layers, must have 2"),
+        (lambda: DecoderLM(11, 16, heads=4, mixers=None), "mixers is None, must be a name, a pair"),
+        (lambda: DecoderLM(11, 16, heads=4, mixers={"mamba": 2}), "mixers is {'mamba': 2}, must be a name"),
+        (lambda: DecoderLM(11, 16, mixers=model.mixers[0]), r"mixers has SelfAttention\("),
         (lambda: model.generate(ids, 0), "max_new_tokens is 0"),
         (lambda: model.generate(ids[:, :0], 2), "ids has no tokens"),
         (lambda: model.generate(ids, 2, mask=mask), "mask is False at the last token of a row"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful.checks import check_mask, check_positive
 from heedful.models.sampling import continue_ids
-from heedful.models.stack import Output, Stack, StackState, cross_entropy
+from heedful.models.stack import Output, Stack, StackState, check_ids, next_token_loss
 from heedful.registry import register
 
 
@@ -70,9 +70,7 @@ class DecoderLM(Stack):
     ) -> Output:
         hidden, after = self.encode(ids, mask=mask, state=state)
         logits = self.logits(hidden)
-        loss = None
-        if labels is not None:
-            loss = cross_entropy(logits[:, :-1], labels[:, 1:], None if mask is None else mask[:, 1:])
+        loss = None if labels is None else next_token_loss(logits, labels, mask)
         return Output(logits, loss, after)
 
     @torch.no_grad()
@@ -97,6 +95,7 @@ class DecoderLM(Stack):
         Call `eval()` first if a mixer drops out. Raises ValueError if a mixer cannot decode step by step, the
         prompt is empty, or a row ends in padding.
         """
+        check_ids(ids)
         check_mask("mask", mask, ids.shape[0], ids.shape[1])
         if mask is not None and not mask[:, -1:].all():
             raise ValueError("mask is False at the last token of a row, must have padding on the left only")

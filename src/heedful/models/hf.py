@@ -7,20 +7,23 @@
 
 Importing this module registers the classes. `DecoderLMForCausalLM.of(model)` and
 `EncoderForMaskedLM.of(model)` put a model that is there behind the interface; `.model` gives it back.
+The loss is that of the labels alone: where mixers have losses of their own (`model.model.aux_losses`), a
+Trainer that is to add them needs a `compute_loss` that does.
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+import json
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from heedful.models.decoder_lm import DecoderLM
 from heedful.models.encoder import Encoder
-from heedful.models.stack import Stack, StackState, cross_entropy
+from heedful.models.stack import Stack, StackState, cross_entropy, next_token_loss
 from heedful.torchvision_shim import mend_torchvision
 
 mend_torchvision()
@@ -38,6 +41,7 @@ try:
     from transformers import initialization as init
     from transformers.cache_utils import Cache
     from transformers.modeling_outputs import (
+        BaseModelOutput,
         BaseModelOutputWithPast,
         CausalLMOutputWithPast,
         MaskedLMOutput,
@@ -151,6 +155,14 @@ class StateCache(Cache):
         return self.state is not None
 
 
+class Encoded(NamedTuple):
+    """The output for every token, the state after them, and what every layer was given and the output."""
+
+    hidden: Float[Tensor, "b n c"]
+    state: StackState | None
+    all_hidden: tuple[Float[Tensor, "b n c"], ...] | None
+
+
 class StackModel(PreTrainedModel):
     """What the forms below share: one heedful model, in `.model`."""
 
@@ -158,9 +170,12 @@ class StackModel(PreTrainedModel):
     base_model_prefix = "model"
     made: type[Stack]
     _is_stateful = True  # states cannot be cut back, so no assisted generation
+    _no_split_modules: ClassVar[list[str]] = ["Block"]  # residual sums stay on one device
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__(config)
+        self.gradient_checkpointing = False
         with torch.device("cpu"):  # not on "meta", where `from_pretrained` builds: mixers may hold more than
             self.model = self.made(**config.arguments())  # parameters, such as slopes and patterns
         self.post_init()
@@ -181,6 +196,7 @@ class StackModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.embedding = value  # type: ignore[assignment]
+        self.model.vocabulary = self.model.config["vocabulary"] = len(value.weight)  # type: ignore[arg-type]
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.model.head
@@ -188,9 +204,24 @@ class StackModel(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.head = new_embeddings  # type: ignore[assignment]
 
+    def save_pretrained(self, save_directory: str | Path, **how: Any) -> None:
+        """As in transformers; ValueError if the mixers are not all given by names and plain arguments."""
+        try:
+            json.dumps(self.config.mixers)
+        except TypeError as wrong:
+            raise ValueError(
+                "mixers holds what JSON cannot, must be names with plain arguments to save"
+            ) from wrong
+        super().save_pretrained(save_directory, **how)
+
     def encode(
-        self, ids: Int[Tensor, "b n"], attention_mask: Shaped[Tensor, "b m"] | None, state: StackState | None
-    ) -> tuple[Float[Tensor, "b n c"], StackState | None]:
+        self,
+        ids: Int[Tensor, "b n"],
+        attention_mask: Shaped[Tensor, "b m"] | None,
+        state: StackState | None,
+        *,
+        output_hidden_states: bool | None = None,
+    ) -> Encoded:
         """`Stack.encode` with a mask as transformers gives it: of all tokens so far, not zero = a token."""
         mask = None
         if attention_mask is not None:
@@ -200,7 +231,22 @@ class StackModel(PreTrainedModel):
                 )
             mask = attention_mask[:, -ids.shape[1] :].bool()
             mask = None if mask.all() else mask
-        return self.model.encode(ids, mask=mask, state=state)
+        recompute = self.gradient_checkpointing and self.training
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        inputs: list[Tensor] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+            for layer in (self.model.layers if output_hidden_states else ())
+        ]
+        try:
+            hidden, after = self.model.encode(
+                ids, mask=mask, state=state, call=self._gradient_checkpointing_func if recompute else None
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Encoded(hidden, after, (*inputs, hidden) if output_hidden_states else None)
 
 
 class DecoderLMModel(StackModel):
@@ -215,10 +261,15 @@ class DecoderLMModel(StackModel):
         attention_mask: Shaped[Tensor, "b m"] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        hidden, cache = self.advance(input_ids, attention_mask, past_key_values, use_cache)
-        out = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        made, cache = self.advance(
+            input_ids, attention_mask, past_key_values, use_cache, output_hidden_states=output_hidden_states
+        )
+        out = BaseModelOutputWithPast(
+            last_hidden_state=made.hidden, past_key_values=cache, hidden_states=made.all_hidden
+        )
         return out if _as_dict(self, return_dict) else out.to_tuple()
 
     def advance(
@@ -227,19 +278,26 @@ class DecoderLMModel(StackModel):
         attention_mask: Shaped[Tensor, "b m"] | None,
         cache: Cache | None,
         use_cache: bool | None,
-    ) -> tuple[Float[Tensor, "b n c"], StateCache | None]:
-        """The output for every token; a cache is moved on, and made if use_cache asks for it."""
+        *,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[Encoded, StateCache | None]:
+        """The output for every token; a cache is moved on, and made if use_cache asks for it.
+
+        None asks for it in eval mode where the configuration does and every mixer decodes step by step.
+        """
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            decode = all(mixer.entry.decode for mixer in self.model.mixers)
+            use_cache = self.config.use_cache and not self.training and decode
         if cache is None and use_cache:
             cache = StateCache()
         if cache is None:
-            return self.encode(ids, attention_mask, None)[0], None
+            return self.encode(ids, attention_mask, None, output_hidden_states=output_hidden_states), None
         if not isinstance(cache, StateCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}, must be a StateCache")
         state = self.model.init_state(len(ids)) if cache.state is None else cache.state  # type: ignore[operator]
-        hidden, cache.state = self.encode(ids, attention_mask, state)
-        return hidden, cache
+        made = self.encode(ids, attention_mask, state, output_hidden_states=output_hidden_states)
+        cache.state = made.state
+        return made, cache
 
 
 class DecoderLMForCausalLM(DecoderLMModel, GenerationMixin):
@@ -261,19 +319,25 @@ class DecoderLMForCausalLM(DecoderLMModel, GenerationMixin):
         labels: Int[Tensor, "b n"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        hidden, cache = self.advance(input_ids, attention_mask, past_key_values, use_cache)
-        logits = self.model.logits(hidden[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            loss = cross_entropy(logits[:, :-1], labels[:, 1:])
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        made, cache = self.advance(
+            input_ids, attention_mask, past_key_values, use_cache, output_hidden_states=output_hidden_states
+        )
+        logits = self.model.logits(made.hidden[:, -logits_to_keep:])
+        loss = None if labels is None else next_token_loss(logits, labels)
+        out = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=made.all_hidden
+        )
         return out if _as_dict(self, return_dict) else out.to_tuple()
 
 
 class EncoderModel(StackModel):
-    """`Encoder` without logits, as AutoModel gives it."""
+    """`Encoder` without logits, as AutoModel gives it.
+
+    token_type_ids, which BERT's tokenizers give, have no effect: there is no embedding of segments.
+    """
 
     config_class = EncoderConfig
     made = Encoder
@@ -282,9 +346,12 @@ class EncoderModel(StackModel):
         self,
         input_ids: Int[Tensor, "b n"],
         attention_mask: Shaped[Tensor, "b n"] | None = None,
+        token_type_ids: Shaped[Tensor, "b n"] | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        out = BaseModelOutputWithPast(last_hidden_state=self.encode(input_ids, attention_mask, None)[0])
+    ) -> BaseModelOutput | tuple[Any, ...]:
+        made = self.encode(input_ids, attention_mask, None, output_hidden_states=output_hidden_states)
+        out = BaseModelOutput(last_hidden_state=made.hidden, hidden_states=made.all_hidden)
         return out if _as_dict(self, return_dict) else out.to_tuple()
 
 
@@ -295,17 +362,24 @@ class EncoderForMaskedLM(EncoderModel):
         self,
         input_ids: Int[Tensor, "b n"],
         attention_mask: Shaped[Tensor, "b n"] | None = None,
+        token_type_ids: Shaped[Tensor, "b n"] | None = None,
         labels: Int[Tensor, "b n"] | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput | tuple[Any, ...]:
-        logits = self.model.logits(self.encode(input_ids, attention_mask, None)[0])
+        made = self.encode(input_ids, attention_mask, None, output_hidden_states=output_hidden_states)
+        logits = self.model.logits(made.hidden)
         loss = None if labels is None else cross_entropy(logits, labels)
-        out = MaskedLMOutput(loss=loss, logits=logits)
+        out = MaskedLMOutput(loss=loss, logits=logits, hidden_states=made.all_hidden)
         return out if _as_dict(self, return_dict) else out.to_tuple()
 
 
 class EncoderForSequenceClassification(EncoderModel):
-    """`Encoder`, the mean over the tokens of a text, and a linear layer to `num_labels` classes."""
+    """`Encoder`, the mean over the tokens of a text, and a linear layer to `num_labels` classes.
+
+    The loss is that of `config.problem_type`; where it is None, the mean squared error with one label, the
+    cross entropy for labels (b,) that are whole numbers, else the binary cross entropy of every label.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
@@ -321,15 +395,19 @@ class EncoderForSequenceClassification(EncoderModel):
         self,
         input_ids: Int[Tensor, "b n"],
         attention_mask: Shaped[Tensor, "b n"] | None = None,
-        labels: Int[Tensor, " b"] | None = None,
+        token_type_ids: Shaped[Tensor, "b n"] | None = None,
+        labels: Shaped[Tensor, "b *classes"] | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        hidden = self.encode(input_ids, attention_mask, None)[0]
+        made = self.encode(input_ids, attention_mask, None, output_hidden_states=output_hidden_states)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        weight = real.to(hidden.dtype)[..., None]
-        logits = self.classifier((hidden * weight).sum(1) / weight.sum(1).clamp(min=1))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        out = SequenceClassifierOutput(loss=loss, logits=logits)
+        weight = real.to(made.hidden.dtype)[..., None]
+        logits = self.classifier((made.hidden * weight).sum(1) / weight.sum(1).clamp(min=1))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        out = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=made.all_hidden)
         return out if _as_dict(self, return_dict) else out.to_tuple()
 
 

@@ -27,7 +27,7 @@ def sample(
 
     Raises ValueError on a negative temperature, top_k below 1, and top_p outside (0, 1].
     """
-    if temperature < 0:
+    if not temperature >= 0:  # neither is not-a-number
         raise ValueError(f"temperature is {temperature}, must be at least 0")
     if top_k is not None:
         check_positive("top_k", top_k)
@@ -63,6 +63,8 @@ def continue_ids(
     check_positive("max_new_tokens", max_new_tokens)
     if ids.shape[1] == 0:
         raise ValueError("ids has no tokens, must have at least 1 to continue")
+    if eos is not None and not isinstance(eos, int):
+        raise ValueError(f"eos is {eos!r}, must be one token, a whole number")
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     piece = ids
     for _ in range(max_new_tokens):

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -58,6 +59,8 @@ def spread(mixers: Choice | Sequence[Any], depth: int) -> list[Choice]:
     check_positive("depth", depth)
     alone = isinstance(mixers, str) or callable(mixers) or _is_named(mixers)
     given: Sequence[Any] = [mixers] if alone else mixers  # type: ignore[assignment, list-item]
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"mixers is {mixers!r}, must be a name, a pair, a factory, or a list of such")
     pattern: list[Choice] = [tuple(c) if _is_named(c) else c for c in given]  # JSON knows no tuples
     if not 1 <= len(pattern) <= depth:
         raise ValueError(f"mixers has {len(pattern)} entries, must have 1 to {depth}, the depth")
@@ -90,7 +93,7 @@ def make_mixer(
         if entry.causal == "optional":
             arguments["causal"] = causal
         mixer = made(dim, **{**arguments, **given}, device=device, dtype=dtype)
-    elif callable(choice):
+    elif callable(choice) and not isinstance(choice, nn.Module):
         mixer = choice(dim)
         if not isinstance(mixer, Mixer) or mixer.entry.kind != "sequence" or mixer.dim != dim:
             raise ValueError(
@@ -188,16 +191,24 @@ class Stack(nn.Module):
         *,
         mask: Bool[Tensor, "b n"] | None = None,
         state: StackState | None = None,
+        call: Callable[..., Any] | None = None,
     ) -> tuple[Float[Tensor, "b n c"], StackState | None]:
-        """The normed output of the last layer for every token, and the state after them if one was given."""
-        if ids.ndim != 2:
-            raise ValueError(f"ids has shape {tuple(ids.shape)}, must be (batch, tokens)")
+        """The normed output of the last layer for every token, and the state after them if one was given.
+
+        Without a state, `call(layer, x)` may run the layers, as `torch.utils.checkpoint.checkpoint` does.
+        """
+        check_ids(ids)
         check_mask("mask", mask, ids.shape[0], ids.shape[1])
+        if state is not None and len(state.layers) != len(self.layers):
+            raise ValueError(
+                f"state has {len(state.layers)} layers, must have {len(self.layers)}, those of the model"
+            )
         x = self.embedding(ids)
         after: list[State] = []
         for i, layer in enumerate(self.layers):
             if state is None:
-                x = layer(x, mask=mask)
+                run = partial(layer, mask=mask)
+                x = run(x) if call is None else call(run, x)
             else:
                 x, reached = layer(x, mask=mask, state=state.layers[i])
                 after.append(reached)
@@ -245,6 +256,14 @@ class Stack(nn.Module):
         return model.to(device)
 
 
+def check_ids(ids: Tensor) -> None:
+    """Tokens (batch, tokens), as an embedding takes them."""
+    if ids.ndim != 2:
+        raise ValueError(f"ids has shape {tuple(ids.shape)}, must be (batch, tokens)")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids has dtype {ids.dtype}, must be torch.int64 or torch.int32")
+
+
 def cross_entropy(
     logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None
 ) -> Float[Tensor, ""]:
@@ -254,9 +273,18 @@ def cross_entropy(
     if mask is not None:
         labels = labels.masked_fill(~mask, IGNORED)
     total = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(), labels.flatten().long(), ignore_index=IGNORED, reduction="sum"
     )
     return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def next_token_loss(
+    logits: Float[Tensor, "b n v"], labels: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None
+) -> Float[Tensor, ""]:
+    """`cross_entropy` of each label but the first, given the logits of the token before it."""
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, must be {tuple(logits.shape[:2])}")
+    return cross_entropy(logits[:, :-1], labels[:, 1:], None if mask is None else mask[:, 1:])
 
 
 def _is_named(choice: Any) -> bool:
