@@ -14,8 +14,8 @@ Trainer that is to add them needs a `compute_loss` that does.
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from os import PathLike
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -170,7 +170,7 @@ class StackModel(PreTrainedModel):
     base_model_prefix = "model"
     made: type[Stack]
     _is_stateful = True  # states cannot be cut back, so no assisted generation
-    _no_split_modules: ClassVar[list[str]] = ["Block"]  # residual sums stay on one device
+    _no_split_modules = ["Block"]  # noqa: RUF012  (residual sums stay on one device)
     supports_gradient_checkpointing = True
 
     def __init__(self, config: StackConfig) -> None:
@@ -204,7 +204,7 @@ class StackModel(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.head = new_embeddings  # type: ignore[assignment]
 
-    def save_pretrained(self, save_directory: str | Path, **how: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[Any], *given: Any, **how: Any) -> None:
         """As in transformers; ValueError if the mixers are not all given by names and plain arguments."""
         try:
             json.dumps(self.config.mixers)
@@ -212,7 +212,7 @@ class StackModel(PreTrainedModel):
             raise ValueError(
                 "mixers holds what JSON cannot, must be names with plain arguments to save"
             ) from wrong
-        super().save_pretrained(save_directory, **how)
+        super().save_pretrained(save_directory, *given, **how)
 
     def encode(
         self,
