@@ -91,6 +91,21 @@ def test_a_given_cache_is_continued():
         cache.crop(1)
 
 
+@pytest.mark.parametrize(
+    "mixers", ["union-mlp", ("titans-mag", {"window": 4, "memory": {"chunk_size": 2}}), "self-attention"]
+)
+def test_rows_of_a_cache_are_repeated(mixers):
+    model, ids = causal(mixers=mixers), prompt()["input_ids"]
+    cache = model(ids[:, :6]).past_key_values
+    assert cache.batch_size == 2
+    cache.batch_repeat_interleave(2)
+    assert cache.batch_size == 4
+    wanted = model(ids, use_cache=False).logits[:, 6:].repeat_interleave(2, 0)
+    got = model(ids[:, 6:].repeat_interleave(2, 0), past_key_values=cache).logits
+    # float64: the forms of one sum differ in rounding alone
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_save_and_load_keeps_every_mixer(name, tmp_path):
     given = SEQUENCE[name].load().example

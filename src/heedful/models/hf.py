@@ -102,9 +102,10 @@ class EncoderConfig(StackConfig):
 class StateCache(Cache):
     """The states of all layers where transformers expects a cache; `state` is None at the start."""
 
-    def __init__(self, state: StackState | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__(layers=[])
-        self.state = state
+        self.state: StackState | None = None
+        self.rows = 0  # of the state, which may hold no tensor to tell
 
     def __len__(self) -> int:
         return 0 if self.state is None else len(self.state.layers)
@@ -121,30 +122,23 @@ class StateCache(Cache):
     def reorder_cache(self, beam_idx: Int[Tensor, " b"]) -> None:
         if self.state is not None:
             self.state = self.state.reorder(beam_idx)
+            self.rows = len(beam_idx)
 
     def batch_select_indices(self, indices: Int[Tensor, " b"]) -> None:
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            rows = torch.arange(self.batch_size).repeat_interleave(repeats)
-            self.state = self.state.reorder(rows)
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError("crop is asked of a StateCache, which cannot forget its last tokens")
 
     def reset(self) -> None:
-        self.state = None
+        self.state, self.rows = None, 0
 
     @property
     def batch_size(self) -> int:
-        assert self.state is not None
-        return next(
-            len(value)
-            for layer in self.state.layers
-            for value in vars(layer).values()
-            if isinstance(value, Tensor)
-        )
+        return self.rows
 
     @property
     def is_compileable(self) -> bool:
@@ -296,7 +290,7 @@ class DecoderLMModel(StackModel):
             raise ValueError(f"past_key_values is a {type(cache).__name__}, must be a StateCache")
         state = self.model.init_state(len(ids)) if cache.state is None else cache.state  # type: ignore[operator]
         made = self.encode(ids, attention_mask, state, output_hidden_states=output_hidden_states)
-        cache.state = made.state
+        cache.state, cache.rows = made.state, len(ids)
         return made, cache
 
 
