@@ -314,6 +314,7 @@ def test_errors():
         (lambda: model.generate(long[:, :10], 5), "ids reaches 13 tokens, must be at most 12"),
         (lambda: model(long[0]), r"ids has shape \(13,\), must be \(batch, tokens\)"),
         (lambda: model.generate(long[:, :0], 5), "ids has no tokens"),
+        (lambda: model(long[:, :6], labels=long[:, :4]), r"labels has shape \(1, 4\), must be \(1, 6\)"),
         (
             lambda: FITDenoiser(5, D, groups=2, group_size=2, latents=1, heads=3),
             "latent_dim is 12, must be a",

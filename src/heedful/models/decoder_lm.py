@@ -90,7 +90,8 @@ class DecoderLM(Stack):
 
         temperature, top_k, top_p   see `heedful.models.sampling.sample`; 0 takes the likeliest token
         eos    a row that gives this token is finished and filled with it; all finished ends it early
-        mask   False = padding, which has to stand on the left
+        mask   False = padding, which has to stand on the left. It is never seen, but mixers that count
+               places, as those with blocks or sinks do, count it, and may continue a padded row differently
 
         Call `eval()` first if a mixer drops out. Raises ValueError if a mixer cannot decode step by step, the
         prompt is empty, or a row ends in padding.

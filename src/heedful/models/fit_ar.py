@@ -16,7 +16,7 @@ from heedful.models.block import make_norm
 from heedful.models.fit import Trunk
 from heedful.models.fit_stage import Made, StageState
 from heedful.models.sampling import continue_ids
-from heedful.models.stack import cross_entropy
+from heedful.models.stack import next_token_loss
 from heedful.registry import register
 
 
@@ -163,7 +163,7 @@ class FITAR(nn.Module):
         logits = F.linear(
             self.norm(x), (self.embedding if self.head is None else self.head).weight, self.bias
         )
-        loss = None if labels is None else cross_entropy(logits[:, :-1], labels[:, 1:])
+        loss = None if labels is None else next_token_loss(logits, labels)
         return FITOutput(logits, loss, state)
 
     def _extend(self, x: Float[Tensor, "b n c"], state: FITState) -> tuple[Tensor, FITState]:
