@@ -85,8 +85,9 @@ def test_a_given_cache_is_continued():
     assert cache.batch_size == 4
     cache.reset()
     assert cache.get_seq_length() == 0
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache, must be a StateCache"):
+    with pytest.raises(ValueError, match="is a DynamicCache, must be a StateCache"):
         model(ids, past_key_values=transformers.DynamicCache())
+    assert not cache.is_croppable
     with pytest.raises(ValueError, match="cannot forget its last tokens"):
         cache.crop(1)
 

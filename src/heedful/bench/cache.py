@@ -22,6 +22,7 @@ from heedful.bench.progress import Silent, Watch
 from heedful.bench.tasks import Text, make_tasks
 from heedful.checks import check_positive
 from heedful.hf import NAME
+from heedful.hf.cache_name import CACHE
 
 FULL = "full cache"
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -181,8 +182,8 @@ def _bits(model: Any, plan: Plan, made: Any) -> tuple[float, int]:
     chosen = torch.linspace(0, fit - 1, min(fit, ROWS)).long()
     window = held[chosen[:, None] * length + torch.arange(length)].to(plan.device)
     cache, first = made(), int(length * PROMPT)
-    logits = [model(window[:, :first], past_key_values=cache, logits_to_keep=1).logits]
-    logits += [model(window[:, i : i + 1], past_key_values=cache).logits for i in range(first, length - 1)]
+    logits = [model(window[:, :first], **{CACHE: cache}, logits_to_keep=1).logits]
+    logits += [model(window[:, i : i + 1], **{CACHE: cache}).logits for i in range(first, length - 1)]
     loss = F.cross_entropy(torch.cat(logits, 1).flatten(0, 1).float(), window[:, first:].flatten())
     return float(loss) / math.log(2), _nbytes(cache) // len(window)
 
@@ -199,7 +200,7 @@ def _found(model: Any, plan: Plan, made: Any, depth: float) -> float:
         row[-len(ASK) :] = torch.tensor(list(ASK))
     cache, tokens, said = made(), window.to(plan.device), []
     for _ in range(DIGITS):
-        tokens = model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        tokens = model(tokens, **{CACHE: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
         said.append(tokens.cpu())
     wanted = torch.tensor([list(key) for key in keys])
     return float((torch.cat(said, 1) == wanted).all(1).float().mean())
@@ -211,13 +212,13 @@ def _decoding(model: Any, plan: Plan, made: Any) -> tuple[int, float, float]:
     prompts, tokens = [], []
     for _ in range(2):
         cache, start = made(), time.perf_counter()
-        model(prompt, past_key_values=cache, logits_to_keep=1).logits.cpu()
+        model(prompt, **{CACHE: cache}, logits_to_keep=1).logits.cpu()
         prompts.append(time.perf_counter() - start)
     token = prompt[:, -1:]
     for run in range(6):
         start = time.perf_counter()
         for _ in range(10):
-            token = model(token, past_key_values=cache).logits.argmax(-1)
+            token = model(token, **{CACHE: cache}).logits.argmax(-1)
         token.cpu()
         if run:  # the first one warms up
             tokens.append((time.perf_counter() - start) / 10)

@@ -28,6 +28,7 @@ class PolicyLayer(DynamicLayer):
 
     keys: Tensor  # type: ignore[assignment]  # None before the first update
     values: Tensor  # type: ignore[assignment]
+    is_croppable = False
     needs_queries = False  # whether `retain` looks at the queries of the call
     rows: tuple[str, ...] = ("keys", "values", "valid")  # the tensors with the batch as their first axis
 

@@ -113,6 +113,7 @@ class AdaptedAttention(nn.Module):
         encoder_hidden_states: Float[Tensor, "b m e"] | None = None,
         encoder_attention_mask: Any = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,  # its name since transformers 5.24
         **_: Any,
     ) -> tuple[Float[Tensor, "b n c"], None]:
         block = self.block
@@ -120,7 +121,7 @@ class AdaptedAttention(nn.Module):
         mask = attention_mask
         if self.cross and encoder_attention_mask is not None:
             mask = encoder_attention_mask
-        cache, held = past_key_values, False
+        cache, held = past_key_values if cache is None else cache, False
         if isinstance(cache, EncoderDecoderCache):
             held = self.cross and bool(cache.is_updated.get(layer))
             if self.cross:

@@ -48,13 +48,13 @@ class ConvertedAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,  # its name since transformers 5.24
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "b n c"], Tensor | None]:
-        if isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = past_key_values.self_attention_cache
-        heads, weights = self.heads_of(
-            hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-        )
+        cache = past_key_values if cache is None else cache
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        heads, weights = self.heads_of(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         return self.o_proj(heads.flatten(-2)), weights
 
     def heads_of(

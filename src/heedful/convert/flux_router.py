@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from heedful.checks import check_positive
 from heedful.hf.attention import Visible, attention_forward, visible_mask
+from heedful.hf.cache_name import CACHE
 from heedful.registry import register
 from heedful.routing.layer_router import (
     LayerRouter,
@@ -101,7 +102,7 @@ class FluxRouters:
             self._full[layer] = layer.flux_router.decide(pooled)  # type: ignore[union-attr, operator]
         full = self._full.get(layer)
         if full is None or len(full) != len(query):
-            raise ValueError("past_key_values holds a text whose start these routers have not seen")
+            raise ValueError(f"{CACHE} holds a text whose start these routers have not seen")
         return full
 
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from heedful.hf.cache_name import CACHE
 from heedful.models.decoder_lm import DecoderLM
 from heedful.models.encoder import Encoder
 from heedful.models.stack import Stack, StackState, cross_entropy, next_token_loss
@@ -69,7 +70,7 @@ class StackConfig(PreTrainedConfig):
     """What `DecoderLM` and `Encoder` are built from, with transformers' names where it has one (`NAMES`)."""
 
     __no_type_check__ = True  # transformers makes the constructor, which takes more than its signature says
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -147,6 +148,14 @@ class StateCache(Cache):
     @property
     def is_initialized(self) -> bool:
         return self.state is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]  # where `generate` is to go on behind what the cache has read
 
 
 class Encoded(NamedTuple):
@@ -257,12 +266,14 @@ class DecoderLMModel(StackModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        made, cache = self.advance(
-            input_ids, attention_mask, past_key_values, use_cache, output_hidden_states=output_hidden_states
+        given = past_key_values if cache is None else cache
+        made, after = self.advance(
+            input_ids, attention_mask, given, use_cache, output_hidden_states=output_hidden_states
         )
         out = BaseModelOutputWithPast(
-            last_hidden_state=made.hidden, past_key_values=cache, hidden_states=made.all_hidden
+            last_hidden_state=made.hidden, hidden_states=made.all_hidden, **{CACHE: after}
         )
         return out if _as_dict(self, return_dict) else out.to_tuple()
 
@@ -287,7 +298,7 @@ class DecoderLMModel(StackModel):
         if cache is None:
             return self.encode(ids, attention_mask, None, output_hidden_states=output_hidden_states), None
         if not isinstance(cache, StateCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}, must be a StateCache")
+            raise ValueError(f"{CACHE} is a {type(cache).__name__}, must be a StateCache")
         state = self.model.init_state(len(ids)) if cache.state is None else cache.state  # type: ignore[operator]
         made = self.encode(ids, attention_mask, state, output_hidden_states=output_hidden_states)
         cache.state, cache.rows = made.state, len(ids)
@@ -315,14 +326,16 @@ class DecoderLMForCausalLM(DecoderLMModel, GenerationMixin):
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        made, cache = self.advance(
-            input_ids, attention_mask, past_key_values, use_cache, output_hidden_states=output_hidden_states
+        given = past_key_values if cache is None else cache
+        made, after = self.advance(
+            input_ids, attention_mask, given, use_cache, output_hidden_states=output_hidden_states
         )
         logits = self.model.logits(made.hidden[:, -logits_to_keep:])
         loss = None if labels is None else next_token_loss(logits, labels)
         out = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache, hidden_states=made.all_hidden
+            loss=loss, logits=logits, hidden_states=made.all_hidden, **{CACHE: after}
         )
         return out if _as_dict(self, return_dict) else out.to_tuple()
 

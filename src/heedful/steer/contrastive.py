@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from heedful.hf.cache_name import CACHE, with_cache
 from heedful.hf.tap import Handler, Site, alone
 from heedful.registry import register
 from heedful.steer.intervention import Intervention
@@ -84,12 +85,12 @@ class ContrastiveLogits(Intervention):
         logits = getattr(output, "logits", None)
         if logits is None:
             raise ValueError(f"{type(model).__name__} gives no logits, must give some, with return_dict=True")
-        main = getattr(output, "past_key_values", None)
+        main = getattr(output, CACHE, None)
         if not self._begun:
             inputs = {**inputs, "attention_mask": as_given(inputs.get("attention_mask"), self.reading.ids)}
         given = self._continued(inputs) if self._begun else self.other(inputs)
         if main is not None:
-            given = {**given, "past_key_values": self._cache, "use_cache": True}
+            given = {**with_cache(given, self._cache), "use_cache": True}
         with alone(self.model, *self.handlers()):
             found = self.model.forward(**{**given, "return_dict": True})
         if not self._begun:
@@ -107,7 +108,7 @@ class ContrastiveLogits(Intervention):
         self._mask = given.get("attention_mask")
         if main is None:
             return
-        self._cache = found.past_key_values
+        self._cache = getattr(found, CACHE)
         reorder = main.reorder_cache
 
         def both(index: Tensor) -> None:

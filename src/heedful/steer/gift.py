@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from heedful.hf.cache_name import with_cache
 from heedful.hf.tap import Handler, Site, alone
 from heedful.registry import register
 from heedful.steer.intervention import Intervention
@@ -198,7 +199,7 @@ class GazeShiftGuidance(Intervention):
         else:
             question = image_tokens(self.reading, self.question, "question")
         recorder = _Recorder(self)
-        plain = {**kwargs, "past_key_values": None, "use_cache": False}
+        plain = {**with_cache(kwargs, None), "use_cache": False}
         plain["attention_mask"] = as_given(kwargs.get("attention_mask"), ids)
         with torch.no_grad(), alone(self.model, recorder):
             self.model.forward(*args, **plain)

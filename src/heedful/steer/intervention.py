@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from heedful.hf.cache_name import cache_of
 from heedful.hf.tap import Handler, Site, tap
 
 
@@ -119,7 +120,7 @@ class Reading:
                     begin()
                     return
                 given = torch.full(embeds.shape[:2], -1, device=embeds.device)
-            past = kwargs.get("past_key_values")
+            past = cache_of(kwargs)
             if past is None or past.get_seq_length() == 0 or self.ids.shape[0] != given.shape[0]:
                 self.ids = given
                 begin()

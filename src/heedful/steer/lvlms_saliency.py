@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heedful.checks import check_choice, check_positive
+from heedful.hf.cache_name import NAMES
 from heedful.hf.tap import Handler, Site, alone
 from heedful.inspect.attention_saliency import attention_saliency, candidate_saliency
 from heedful.registry import register
@@ -167,7 +168,7 @@ class SaliencyGuidedRejection(Intervention):
         if ids.shape[0] != 1:
             raise ValueError(f"input_ids has {ids.shape[0]} rows, must have one")
         if not self._prompt:
-            skipped = ("input_ids", "past_key_values", "attention_mask", "use_cache")
+            skipped = ("input_ids", *NAMES, "attention_mask", "use_cache")
             self._prompt = {name: value for name, value in kwargs.items() if name not in skipped}
         elif (places := kwargs.get("position_ids")) is not None:
             before = self._prompt["position_ids"][..., : ids.shape[1] - self.reading.fresh]
