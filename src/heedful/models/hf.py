@@ -272,9 +272,8 @@ class DecoderLMModel(StackModel):
         made, after = self.advance(
             input_ids, attention_mask, given, use_cache, output_hidden_states=output_hidden_states
         )
-        out = BaseModelOutputWithPast(
-            last_hidden_state=made.hidden, hidden_states=made.all_hidden, **{CACHE: after}
-        )
+        held: dict[str, Any] = {CACHE: after}
+        out = BaseModelOutputWithPast(last_hidden_state=made.hidden, hidden_states=made.all_hidden, **held)
         return out if _as_dict(self, return_dict) else out.to_tuple()
 
     def advance(
@@ -334,9 +333,8 @@ class DecoderLMForCausalLM(DecoderLMModel, GenerationMixin):
         )
         logits = self.model.logits(made.hidden[:, -logits_to_keep:])
         loss = None if labels is None else next_token_loss(logits, labels)
-        out = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=made.all_hidden, **{CACHE: after}
-        )
+        held: dict[str, Any] = {CACHE: after}
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=made.all_hidden, **held)
         return out if _as_dict(self, return_dict) else out.to_tuple()
 
 
