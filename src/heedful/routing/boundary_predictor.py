@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from heedful.checks import check_divides, check_positive
 from heedful.registry import register
 
-_CHUNK = 4096  # gaps looked at in one go
+_CHUNK = 256  # gaps looked at in one go: what lies between stays in the cache
 _ROWS = 1 << 22  # attention weights held in one go
 
 
