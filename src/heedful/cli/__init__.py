@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.console import Console
 from typer.core import TyperGroup
 
 # Where each sub-command lives; its module has `register(app)`.
@@ -68,6 +69,11 @@ def fail(message: object) -> NoReturn:
     """Leave with one line on standard error and exit code 2."""
     typer.echo(f"heedful: {message}", err=True)
     raise typer.Exit(2)
+
+
+def wide_console() -> Console:
+    """What tables go to; a file has room for whole names."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def whole_numbers(name: str, text: str) -> list[int]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from heedful.cli import (
@@ -20,6 +19,7 @@ from heedful.cli import (
     bench_theory,
     fail,
     whole_numbers,
+    wide_console,
 )
 
 
@@ -75,7 +75,7 @@ def _ops(
         _mechanisms(mixers, shapes, "sequence" if grid is None else "grid", device, json_file)
         return
     names = patterns.split(",") if patterns else [*ops.PATTERNS]
-    console = Console()
+    console = wide_console()
     found = []
     try:
         with console.status("measuring") as status:
@@ -139,9 +139,7 @@ def _mechanisms(
     if names is None:
         listed = bench.default_mixers() if kind == "sequence" else bench.sparse_grid_mixers(len(sizes[0]))
         names = ",".join(listed)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a file has room for whole names
+    console = wide_console()
     found = []
     try:
         with console.status("measuring") as status:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from heedful.cli import JsonFile, fail
+from heedful.cli import JsonFile, fail, wide_console
 
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 
@@ -41,7 +41,7 @@ def _digits(
     from heedful.bench import digits
 
     torch.set_num_threads(threads)
-    console = Console()
+    console = wide_console()
     found: list[digits.Learned] = []
     try:
         names = digits.families(families)
@@ -92,7 +92,7 @@ def _models(
     from heedful.bench import models as bench
 
     torch.set_num_threads(threads)
-    console = Console()
+    console = wide_console()
     found: list[bench.Speed] = []
     try:
         names = bench.choose(models)

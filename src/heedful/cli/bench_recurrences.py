@@ -6,10 +6,9 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from heedful.cli import JsonFile, fail, whole_numbers
+from heedful.cli import JsonFile, fail, whole_numbers, wide_console
 
 
 def register(bench: typer.Typer) -> None:
@@ -29,7 +28,7 @@ def _run(
 
     sizes = whole_numbers("lengths", lengths)
     names = ops.split(",") if ops else [*bench.OPS]
-    console = Console()
+    console = wide_console()
     found = []
     try:
         with console.status("measuring") as status:

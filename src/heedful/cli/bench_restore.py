@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from heedful.cli import JsonFile, fail
+from heedful.cli import JsonFile, fail, wide_console
 
 
 def register(bench: typer.Typer) -> None:
@@ -32,7 +31,7 @@ def _restore(
     from heedful.bench import restore as bench
 
     names = models.split(",")
-    console = Console()
+    console = wide_console()
     found: list[bench.Restored] = []
     try:
         if unknown := [name for name in names if name not in bench.TASKS]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from heedful.cli import JsonFile, fail, whole_numbers
+from heedful.cli import JsonFile, fail, whole_numbers, wide_console
 
 Seed = Annotated[int, typer.Option(help="Of the data and of the start.")]
 
@@ -31,7 +31,7 @@ def _icl(
     from heedful.bench import icl
 
     counts = whole_numbers("heads", heads)
-    console = Console()
+    console = wide_console()
     try:
         with _progress(console) as bars:
             task = bars.add_task("training", total=max(1, len(counts) * starts * steps), note="")
@@ -66,7 +66,7 @@ def _rf(
     heads = rf.HEADS if heads is None else heads
     sizes = rf.KEYS if keys is None else whole_numbers("keys", keys)
     counts = rf.SAMPLES if samples is None else whole_numbers("samples", samples)
-    console = Console()
+    console = wide_console()
     try:
         with _progress(console) as bars:
             task = bars.add_task("fitting", total=len(sizes) * len(counts) * len(rf.TARGETS), note="")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from heedful.cli import JsonFile, fail, writable
+from heedful.cli import JsonFile, fail, wide_console, writable
 
 
 def register(app: typer.Typer) -> None:
@@ -63,7 +62,7 @@ def compare(
     from heedful.bench import compare as bench
     from heedful.bench.progress import Live
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = wide_console()
     if task == "cache":
         others = {"preset": preset != "quick", "seeds": seeds, "depth": depth, "budget": budget}
         _caches(

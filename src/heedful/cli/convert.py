@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from heedful.cli import fail
+from heedful.cli import fail, wide_console
 
 KINDS = ("gqa", "pruned", "mla", "dha", "moh", "grown", "shrp", "paths")
 SENTENCES = 128  # half of them for the conversion, half to see what became of the model
@@ -147,7 +146,7 @@ def _convert(
     if as_json:
         typer.echo(json.dumps(told, indent=1))
         return
-    Console().print(report.table())
+    wide_console().print(report.table())
     _print(told)
     if out is not None:
         typer.echo(f"\n{out}: read it with heedful.convert.load({str(out)!r})")
@@ -215,4 +214,4 @@ def _print(told: dict[str, Any]) -> None:
         table.add_column(column, justify="right" if column in ("before", "after") else "left")
     for row in told["sentence_pairs"]:
         table.add_row(*row["pair"], f"{row['before']:.3f}", f"{row['after']:.3f}")
-    Console().print(table)
+    wide_console().print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from heedful.cli import JsonFile, fail, writable
+from heedful.cli import JsonFile, fail, wide_console, writable
 
 
 def register(app: typer.Typer) -> None:
@@ -71,7 +70,7 @@ def inspect(
             json_file.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
     except (ValueError, OSError) as wrong:
         fail(wrong)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = wide_console()
     for heading, sentence in plain_words(found):
         console.print(f"[bold]{heading}[/bold]  {sentence}", highlight=False)
     console.print(f"\nThe page is in {out}", highlight=False)

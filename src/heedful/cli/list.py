@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import heedful
 from heedful import catalogue
-from heedful.cli import fail
+from heedful.cli import fail, wide_console
 from heedful.registry import Entry
 
 
@@ -42,7 +41,7 @@ def _list(
     for e in found:
         cells = (e.name, e.kind, ", ".join(e.tags), e.causal, e.complexity, e.paper or "")
         table.add_row(*map(escape, cells))
-    Console().print(table)
+    wide_console().print(table)
 
 
 def row(entry: Entry) -> dict[str, Any]:

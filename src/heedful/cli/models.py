@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from heedful.cli import fail
+from heedful.cli import fail, wide_console
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +46,7 @@ def _models(
     for n in found:
         count = "" if n.parameters is None else f"{n.parameters:,}"
         table.add_row(n.name, count, n.flops or "", str(n.size), n.family, n.entry.paper or "")
-    Console().print(table)
+    wide_console().print(table)
 
 
 def _export(
