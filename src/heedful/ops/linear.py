@@ -190,10 +190,13 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[Ten
     if g.ndim > 1:
         return in_segments(_segment, (q, k, v, g), (S,), sizes=sizes, keep=SEGMENT)
 
-    def with_fixed_decay(q: Tensor, k: Tensor, v: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-        return _segment(q, k, v, g, S)
+    def with_fixed_decay(
+        q: Tensor, k: Tensor, v: Tensor, S: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return (*_segment(q, k, v, g, S), g)
 
-    return in_segments(with_fixed_decay, (q, k, v), (S,), sizes=sizes, keep=SEGMENT)
+    out, S, _ = in_segments(with_fixed_decay, (q, k, v), (S, g), sizes=sizes, keep=SEGMENT)
+    return out, S
 
 
 def _segment(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
