@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from heedful.mixers.heads.gaam import GaussianAdaptiveAttention, GaussianBlock, gaussian_weights
+from heedful.models.decoder_lm import DecoderLM
 
 
 def literal(x, offsets, widths, padding_value=None, eps=1e-8):
@@ -158,3 +159,28 @@ def test_door():
         GaussianAdaptiveAttention(0)
     with pytest.raises(ValueError, match="layers is empty"):
         GaussianBlock()
+
+
+def test_over_channels_a_decoder_can_use_it():
+    """No token sees another, so pieces are the whole and a language model takes it as causal."""
+    mixer, x = make(causal=True), torch.randn(2, 7, 6, dtype=torch.float64)
+    assert mixer.causal and mixer.norm_axis == 2 and make(norm_axis=2).causal and not make().causal
+    y, state = mixer(x[:, :4], state=mixer.init_state(2))
+    more, state = mixer(x[:, 4:], state=state)
+    torch.testing.assert_close(torch.cat([y, more], 1), literal_heads(mixer, x))
+    assert state.length == 7
+    torch.manual_seed(0)
+    model = DecoderLM(11, 16, depth=2, heads=4, mixers=["self-attention", "gaam"]).eval()
+    ids = torch.randint(11, (2, 3))
+    made = model.generate(ids, 4)
+    for _ in range(4):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(made, ids)
+
+
+@pytest.mark.door
+def test_door_of_causal():
+    with pytest.raises(ValueError, match="norm_axis is 1, must be 2 with causal=True"):
+        GaussianAdaptiveAttention(6, causal=True, norm_axis=1)
+    with pytest.raises(ValueError, match="norm_axis is 1, must be 2 to decode"):
+        GaussianAdaptiveAttention(6).init_state(1)

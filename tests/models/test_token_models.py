@@ -260,7 +260,7 @@ def test_a_factory_serves():
 
 def test_what_cannot_serve_is_refused():
     for mixers, message in (
-        ("gaam", "mixers names 'gaam', which sees the future as it is built; must be causal"),
+        ("ninformer", "mixers names 'ninformer', which sees the future as it is built; must be causal"),
         (("self-attention", {"causal": False}), "mixers names 'self-attention', which sees the future"),
         ("eca", "mixers names 'eca', a channel; must name sequence mixers"),
         ("self-atention", "no mechanism is called 'self-atention'"),

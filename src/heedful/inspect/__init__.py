@@ -66,6 +66,7 @@ from heedful.inspect.head_importance import (
     probability_drop,
     silenced,
 )
+from heedful.inspect.importance_factor import importance_factor
 from heedful.inspect.integrated_gradients import completeness_gap, integrated_gradients
 from heedful.inspect.kendall_top_k import kendall_top_k
 from heedful.inspect.lime import lime
@@ -218,6 +219,7 @@ __all__ = [
     "high_responses",
     "image_sample",
     "image_target",
+    "importance_factor",
     "insertion_curve",
     "inspect_model",
     "integrated_gradients",

@@ -19,6 +19,7 @@ _LAZY = {
     "FIT": "heedful.models.fit",
     "FITAR": "heedful.models.fit_ar",
     "FITDenoiser": "heedful.models.fit_denoiser",
+    "GaussianAdaptiveTransformer": "heedful.models.gaussian_adaptive_transformer",
     "create": "heedful.models.named",
     "find": "heedful.models.named",
     "list": "heedful.models.named",

@@ -18,6 +18,7 @@ from heedful.checks import (
     check_tokens,
 )
 from heedful.mixers.mixer import Mixer
+from heedful.mixers.state import State
 from heedful.registry import register
 
 
@@ -64,7 +65,8 @@ def gaussian_weights(
     paper="gaam",
     tags=("heads", "linear", "reweighting"),
     aliases=("gaussian-adaptive-attention", "daam"),
-    causal="never",
+    causal="optional",
+    decode=True,
     complexity="O(N C)",
     exempt={
         "padded_equals_shorter": "masked tokens count as zeros in means, variances and lengths, "
@@ -83,13 +85,16 @@ class GaussianAdaptiveAttention(Mixer):
     dim            channels
     heads          slices of the axis; slices of no element (fewer elements than heads) are left out
     gaussians      K, Gaussians a head; 2 K parameters a head are all there are
-    norm_axis      1: over tokens; 2: over the channels of each token, which sees no other token
+    causal         hide the future, which only norm_axis 2 can; ours, for decoders
+    norm_axis      1: over tokens; 2: over the channels of each token, which sees no other token; None: 2 if
+                   causal, else 1
     padding_value  numbers of x equal to it are padding; None: none are
     eps            keeps variances and sums from 0
 
     Padding (masked tokens, which are as padding of value 0, and what equals padding_value) counts as zeros in
-    mean, variance and length, and leaves x as it is. `positions` have no effect.
-    Raises ValueError on wrong shapes, for another norm_axis, or if a context or a state is given.
+    mean, variance and length, and leaves x as it is. `positions` have no effect. With norm_axis 2 the
+    attribute `causal` is True and the state a count. Raises ValueError on wrong shapes, for another
+    norm_axis, for a context, and with norm_axis 1 for causal=True or a state.
     Source: Gaussian Adaptive Attention is All You Need, arXiv 2401.11143.
     """
 
@@ -101,7 +106,8 @@ class GaussianAdaptiveAttention(Mixer):
         *,
         heads: int = 4,
         gaussians: int = 5,
-        norm_axis: int = 1,
+        causal: bool = False,
+        norm_axis: int | None = None,
         padding_value: float | None = None,
         eps: float = 1e-8,
         device: torch.device | str | None = None,
@@ -110,12 +116,23 @@ class GaussianAdaptiveAttention(Mixer):
         super().__init__(dim)
         check_positive("heads", heads)
         check_positive("gaussians", gaussians)
+        if norm_axis is None:
+            norm_axis = 2 if causal else 1
         check_choice("norm_axis", norm_axis, (1, 2))
+        if causal and norm_axis == 1:
+            raise ValueError("norm_axis is 1, must be 2 with causal=True: over tokens the future is seen")
         if norm_axis == 2 and heads > dim:
             raise ValueError(f"heads is {heads}, must be at most dim, {dim}, with norm_axis 2")
+        self.causal = norm_axis == 2
         self.heads, self.norm_axis, self.padding_value, self.eps = heads, norm_axis, padding_value, eps
         self.offsets = nn.Parameter(torch.zeros(heads, gaussians, device=device, dtype=dtype))
         self.widths = nn.Parameter(torch.randn(heads, gaussians, device=device, dtype=dtype).exp())
+
+    def init_state(self, batch: int) -> State:
+        """The state before the first token of `batch` sequences: no token sees another, so it only counts."""
+        if not self.causal:
+            raise ValueError("norm_axis is 1, must be 2 to decode: later tokens would change earlier ones")
+        return State()
 
     def forward(
         self,
@@ -125,17 +142,20 @@ class GaussianAdaptiveAttention(Mixer):
         mask: Bool[Tensor, "b n"] | None = None,
         context_mask: Bool[Tensor, "b m"] | None = None,
         positions: Shaped[Tensor, "*rows n"] | None = None,
-        state: None = None,
-    ) -> Float[Tensor, "b n c"]:
+        state: State | None = None,
+    ) -> Float[Tensor, "b n c"] | tuple[Float[Tensor, "b n c"], State]:
         check_tokens("x", x, self.dim)
         check_no_context(context, context_mask)
         check_mask("mask", mask, x.shape[0], x.shape[1])
         check_positions("positions", positions, x.shape[0], x.shape[1])
-        if state is not None:
-            raise ValueError("state is given, must be None: later tokens would change earlier ones")
+        if state is not None and not self.causal:
+            raise ValueError(
+                "state is given, must be None with norm_axis 1: later tokens change earlier ones"
+            )
         shown = self._shown(x, mask)
         y = x * self.weights(x, mask=mask)
-        return y if shown is None else torch.where(shown, y, x)
+        y = y if shown is None else torch.where(shown, y, x)
+        return y if state is None else (y, State(state.length + x.shape[1]))
 
     def weights(
         self, x: Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
