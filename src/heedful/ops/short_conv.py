@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from heedful.ops.segments import in_segments, segment_sizes
+
 # Numbers that a CPU computes at once: what lies between fits its cache and is used again. Of long sequences
 # every tensor between would be memory new from the system, which costs more than the sums.
 PIECE = 1 << 18
+KEEP = 1 << 22  # numbers up to which backward finds all it needs; of more, pieces are computed again
 
 
 def short_conv(
@@ -33,12 +36,19 @@ def short_conv(
     if x.device.type != "cpu":
         tokens = torch.cat([past, x], dim=1)
         return (F.conv1d(tokens.mT, weight, groups=c).mT if n else x), tokens[:, n:]
-    outs = []
-    for piece in x.split(max(1, PIECE // max(1, b * c)), dim=1):
-        tokens = torch.cat([past, piece], dim=1)
-        outs.append(_by_taps(tokens, weight[:, 0], piece.shape[1]))
-        past = tokens[:, piece.shape[1] :]
-    return torch.cat(outs, dim=1), past
+    if not x.numel():
+        return x, past
+    sizes = segment_sizes(n, segment=max(1, PIECE // (b * c)), chunk=1)
+    out, past, _ = in_segments(
+        _piece, (x.unsqueeze(1),), (past, weight[:, 0]), sizes=sizes, keep=KEEP // (b * c)
+    )
+    return out.squeeze(1), past
+
+
+def _piece(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[2]
+    tokens = torch.cat([past, x.squeeze(1)], dim=1)
+    return _by_taps(tokens, weight, n).unsqueeze(1), tokens[:, n:], weight
 
 
 def _by_taps(tokens: Tensor, weight: Tensor, n: int) -> Tensor:
