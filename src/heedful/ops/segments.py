@@ -76,7 +76,8 @@ class _Again(Function):
     def forward(
         ctx: Any, run: Callable[..., tuple[Tensor, ...]], sizes: list[int], count: int, *given: Tensor
     ) -> tuple[Tensor, ...]:
-        tokens, states = given[:count], given[count:]
+        tokens = given[:count]
+        states: Sequence[Tensor] = given[count:]
         kept: list[Tensor] = []
         whole: Tensor | None = None
         for at, size in zip(_starts(sizes), sizes, strict=True):
@@ -85,6 +86,7 @@ class _Again(Function):
             if whole is None:
                 whole = out.new_empty(*out.shape[:2], sum(sizes), *out.shape[3:])
             whole.narrow(2, at, size).copy_(out)
+        assert whole is not None  # there is a token
         ctx.run, ctx.sizes, ctx.count, ctx.given = run, sizes, count, len(given)
         ctx.save_for_backward(*given, *kept[len(states) :])
         ctx.set_materialize_grads(False)
@@ -113,6 +115,7 @@ def _backward(
     """The last piece first; `before` holds the states before each piece."""
     count, width = len(tokens), len(before) // len(ctx.sizes)
     whole = [torch.empty_like(x) if want else None for x, want in zip(tokens, wanted, strict=False)]
+    zero = tokens[0].new_zeros(())
     grad, *after = grads
     for i, at in reversed(list(enumerate(_starts(ctx.sizes)))):
         size = ctx.sizes[i]
@@ -125,7 +128,7 @@ def _backward(
         found = _pulled(results, (None if grad is None else grad.narrow(2, at, size), *after), pieces, need)
         for target, piece in zip(whole, found, strict=False):
             if target is not None:
-                target.narrow(2, at, size).copy_(0 if piece is None else piece)
+                target.narrow(2, at, size).copy_(zero if piece is None else piece)
         after = found[count:]
     return [*whole, *after]
 
