@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.utils import output_capturing
 
 from heedful.convert import head_importance, heads_by_importance, load, prune_heads
 from heedful.convert.importance import mean_pooled
@@ -126,3 +127,13 @@ def test_errors(tmp_path):
     config.write_text(config.read_text().replace('"heads"', '"feet"'))
     with pytest.raises(ValueError, match="unknown kind, 'feet'"):
         load(tmp_path)
+
+
+def test_loaded_where_the_plain_class_was_never_built(tmp_path):
+    model = tiny("Bert")
+    prune_heads(model, KEEP)[0].save_pretrained(tmp_path)
+    # transformers learns what a class records as one is built
+    output_capturing._CAN_RECORD_REGISTRY.pop(str(type(model)))
+    again = load(tmp_path)
+    hidden = again(**texts(), output_hidden_states=True).hidden_states
+    assert len(hidden) == 3 and torch.equal(hidden[-1], again(**texts()).last_hidden_state)

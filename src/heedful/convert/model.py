@@ -101,7 +101,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             if numbers := getattr(config, ADAPTERS, None):
                 insert(self, numbers)
 
-    Converted.__name__ = plain.__name__  # by which transformers finds what belongs to a class
+    for name in ("__name__", "__qualname__", "__module__"):  # by which transformers finds what a class has
+        setattr(Converted, name, getattr(plain, name))
     model = Converted.from_pretrained(path, **kwargs)
     model.__class__ = plain
     if cut := getattr(config, PATHS, None):
