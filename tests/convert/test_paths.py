@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from heedful.convert import prune_paths, recover
+from heedful.convert import load, prune_paths, recover, scale_paths
 from heedful.inspect.path_ensemble import path_components, residual_paths
 from tests.convert.tiny import check_decodes, outcome, texts, tiny
 
@@ -55,7 +55,8 @@ def test_the_head_sees_the_sum_of_the_others(tmp_path):
     # A copy is cut by itself: the one that it was made from may run between.
     again = copy.deepcopy(new)
     torch.testing.assert_close(outcome(again), outcome(new), rtol=0, atol=0)
-    assert not hasattr(model.config, "heedful_cut_paths")
+    assert not hasattr(model.config, "heedful_paths")
+    assert list(new.model.norm.state_dict()) == ["weight", "path_weights.kept"]
 
 
 def test_a_vision_transformer():
@@ -98,6 +99,58 @@ def test_it_learns_what_it_was():
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+def test_weights_start_at_the_model_and_are_part_of_it(kind, tmp_path):
+    model = tiny(kind)
+    new, report = scale_paths(model)
+    assert torch.equal(outcome(new), outcome(model))
+    assert report.parameters[1] - report.parameters[0] == 5 * 48 == new.model.norm.path_weights.weight.numel()
+    assert report.what == "paths weighed"
+    halved, _ = scale_paths(model, cut=(0,), init=0.5)
+    with torch.no_grad():
+        terms = path_components(residual_paths(model), lambda: model(**texts()))
+        for row, weight in enumerate(halved.model.norm.path_weights.weight, start=1):
+            weight += row * torch.arange(48) / 48
+            terms[row] = terms[row] * (0.5 + row * torch.arange(48) / 48)
+        wanted = model.lm_head(model.model.norm(sum(terms[1:])))[texts()["attention_mask"].bool()]
+    torch.testing.assert_close(outcome(halved), wanted, rtol=1e-4, atol=1e-4)
+    check_decodes(halved, tmp_path)
+
+
+def test_a_vision_transformer_with_weights_learns_them_and_comes_back(tmp_path):
+    model, x = vit(), torch.randn(2, 3, 8, 8)
+    new, _ = scale_paths(model, cut=(0,))
+    terms = path_components(residual_paths(model), lambda: model(x))
+    total = sum(terms[1:]).detach().requires_grad_()
+    model.classifier(model.vit.layernorm(total)[:, 0]).square().sum().backward()
+    new(x).logits.square().sum().backward()
+    # The gradient of a path's weight is its product with that of the sum.
+    wanted = torch.stack([(total.grad * term).sum((0, 1)) for term in terms[1:]])
+    weights = new.vit.layernorm.path_weights.weight
+    torch.testing.assert_close(weights.grad, wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        weights.normal_()
+    new.save_pretrained(tmp_path)
+    torch.testing.assert_close(load(tmp_path)(x).logits, new(x).logits, rtol=0, atol=0)
+
+
+def test_in_half_precision_nothing_is_widened():
+    for new in (prune_paths(tiny("Llama"), (0,))[0], scale_paths(tiny("Llama"), init=0.5)[0]):
+        new.to(torch.bfloat16)
+        seen = []
+        new.model.norm.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0].dtype))
+        new(**texts())
+        assert seen == [torch.bfloat16]
+
+
+def test_plain_transformers_says_that_it_leaves_them_out(tmp_path):
+    for new in (prune_paths(tiny("Llama"), (0,))[0], scale_paths(tiny("Llama"))[0]):
+        new.save_pretrained(tmp_path)
+        _, told = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        (left_out,) = told["unexpected_keys"]
+        assert left_out.startswith("model.norm.path_weights.")
+
+
 @pytest.mark.door
 def test_errors():
     model = tiny("Llama")
@@ -107,8 +160,11 @@ def test_errors():
     with pytest.raises(ValueError, match="model is of type 'bert', must be llama"):
         prune_paths(tiny("Bert"), (0,))
     new, _ = prune_paths(model, (0,))
-    with pytest.raises(ValueError, match=r"paths cut before, \[0\]"):
-        prune_paths(new, (1,))
+    for changed in (lambda: prune_paths(new, (1,)), lambda: scale_paths(new)):
+        with pytest.raises(ValueError, match="paths cut or weighed before"):
+            changed()
+    with pytest.raises(ValueError, match="must name some of the paths 0 to 3"):
+        scale_paths(model, cut=(4,))
     other = vit()
     other.config.hidden_dropout_prob = 0.1
     with pytest.raises(ValueError, match=r"hidden_dropout_prob 0\.1, must be 0"):

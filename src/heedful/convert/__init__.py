@@ -41,6 +41,7 @@ _FILES = {
     "prune_layers": "layers",
     "prune_paths": "paths",
     "recover": "distill",
+    "scale_paths": "paths",
     "search_groups": "dha",
     "to_dha": "dha",
     "to_gqa": "gqa",

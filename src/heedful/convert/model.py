@@ -17,7 +17,7 @@ from heedful.convert.adapters import KEY as ADAPTERS
 from heedful.convert.adapters import insert
 from heedful.convert.attention import ConvertedAttention
 from heedful.convert.paths import KEY as PATHS
-from heedful.convert.paths import cut_off
+from heedful.convert.paths import weigh
 from heedful.convert.report import Change, Report
 from heedful.convert.sites import DIFFERENTIAL, ENCODERS, ROTARY, Site, choose_sites, find_sites
 
@@ -100,13 +100,13 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
                     put(self, site, kinds[spec.pop("kind")](site, **spec))
             if numbers := getattr(config, ADAPTERS, None):
                 insert(self, numbers)
+            if spec := getattr(config, PATHS, None):
+                weigh(self, spec)
 
     for name in ("__name__", "__qualname__", "__module__"):  # by which transformers finds what a class has
         setattr(Converted, name, getattr(plain, name))
     model = Converted.from_pretrained(path, **kwargs)
     model.__class__ = plain
-    if cut := getattr(config, PATHS, None):
-        cut_off(model, cut)
     return model
 
 

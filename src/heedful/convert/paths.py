@@ -1,19 +1,21 @@
-"""Paths of a pre-norm network cut off from its classifier."""
+"""Paths of a pre-norm network cut off from its classifier, or weighed before it."""
 
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from heedful.convert.report import Change, Cost, Report
 from heedful.inspect.path_ensemble import ResidualPaths, residual_paths, reweigh
+from heedful.mixers.heads.ensemble_scale import EnsembleScale
 from heedful.registry import register
 
-KEY = "heedful_cut_paths"  # in the model's configuration
+KEY = "heedful_paths"  # in the model's configuration
+NAME = "path_weights"  # of the module that the last norm gets, so that weights are saved with the model's own
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,6 +40,61 @@ def prune_paths(model: M, cut: Sequence[int], *, copy: bool = True) -> tuple[M, 
     the last one, whose net would be left without any use, and for a model whose paths were cut before.
     Source: Path Ensemble, arXiv 2308.06548.
     """
+    what = f"paths {', '.join(map(str, sorted(set(cut))))} cut" if cut else "no path cut"
+    return _changed(model, cut, what, copy=copy)
+
+
+@register("scale-paths", kind="convert", paper="path-ensemble", tags=("residual", "pruning", "surgery"))
+def scale_paths(
+    model: M, *, cut: Sequence[int] = (), init: float = 1.0, copy: bool = True
+) -> tuple[M, Report]:
+    """A model whose last norm and classifier see its paths with learned weights, one a channel.
+
+        sum of w_i * c_i over the paths i that are not cut,   c = x_0, a_0, f_0, a_1, f_1, ...
+
+    The weights are an `EnsembleScale`, a part of the model: they train, are saved and loaded with it
+    (`heedful.convert.load`). Inside the network all goes on as before.
+
+    model, cut, copy  as in `prune_paths`
+    init              where the weights start; at 1 nothing changes
+
+    Raises ValueError as `prune_paths` does. Source: Path Ensemble, arXiv 2308.06548.
+    """
+    what = "paths weighed" + (f", {', '.join(map(str, sorted(set(cut))))} cut" if cut else "")
+    return _changed(model, cut, what, copy=copy, init=init)
+
+
+class _Kept(nn.Module):
+    """1 for each path that is seen, 0 for the others."""
+
+    def __init__(self, components: int, cut: Sequence[int], like: Tensor) -> None:
+        super().__init__()
+        kept = like.new_ones(components)
+        kept[list(cut)] = 0
+        self.register_buffer("kept", kept)
+
+    def table(self) -> Float[Tensor, " components"]:
+        return self.kept  # type: ignore[return-value]
+
+
+def weigh(model: nn.Module, spec: Mapping[str, Any]) -> ResidualPaths:
+    """Cut and weigh paths in place as `spec` says, and note it."""
+    paths = residual_paths(model)
+    like: Tensor = paths.last.weight  # type: ignore[assignment]
+    weights: EnsembleScale | _Kept
+    if "init" in spec:
+        made = {"device": like.device, "dtype": like.dtype}
+        weights = EnsembleScale(len(like), components=paths.components, **spec, **made)
+    else:
+        weights = _Kept(paths.components, spec["cut"], like.detach())
+    paths.last.add_module(NAME, weights)
+    reweigh(paths, weights.table)
+    if hasattr(model, "config"):
+        setattr(model.config, KEY, dict(spec))
+    return paths
+
+
+def _changed(model: M, cut: Sequence[int], what: str, *, copy: bool, **scale: float) -> tuple[M, Report]:
     paths = residual_paths(model)
     last = paths.components - 1
     if not set(cut) <= set(range(last)):
@@ -45,29 +102,19 @@ def prune_paths(model: M, cut: Sequence[int], *, copy: bool = True) -> tuple[M, 
             f"cut is {tuple(cut)}, must name some of the paths 0 to {last - 1}; path {last} serves the "
             "classifier alone"
         )
-    if hasattr(paths.last, KEY):
-        raise ValueError(f"model has paths cut before, {getattr(paths.last, KEY)}, must be whole")
+    if hasattr(paths.last, NAME):
+        raise ValueError("model has paths cut or weighed before, must be whole")
     changed = copying.deepcopy(model) if copy else model
-    cut = sorted(set(cut))
-    seen = cut_off(changed, cut)
+    before = _count(changed), _count(paths.last)
+    seen = weigh(changed, {"cut": sorted(set(cut)), **scale})
     name = next(name for name, module in changed.named_modules() if module is seen.last)
-    count = sum(p.numel() for p in seen.last.parameters())
-    before, after = (
-        Cost(f"{k} paths of {paths.components}", count, 0, 0)
-        for k in (paths.components, paths.components - len(cut))
+    change = Change(
+        name,
+        Cost(f"{last + 1} paths of {last + 1}", before[1], 0, 0),
+        Cost(f"{last + 1 - len(set(cut))} paths of {last + 1}", _count(seen.last), 0, 0),
     )
-    whole = sum(p.numel() for p in changed.parameters())
-    what = f"paths {', '.join(map(str, cut))} cut" if cut else "no path cut"
-    return changed, Report(what, (Change(name, before, after),), (whole, whole), 1)
+    return changed, Report(what, (change,), (before[0], _count(changed)), 1)
 
 
-def cut_off(model: nn.Module, cut: Sequence[int]) -> ResidualPaths:
-    """Cut paths in place, and note it."""
-    paths = residual_paths(model)
-    kept = torch.ones(paths.components)
-    kept[list(cut)] = 0
-    reweigh(paths, kept)
-    setattr(paths.last, KEY, list(cut))
-    if hasattr(model, "config"):
-        setattr(model.config, KEY, list(cut))
-    return paths
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
