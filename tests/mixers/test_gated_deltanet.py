@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -131,6 +132,26 @@ def test_short_conv():
     y, past = short_conv(x[:, :1], torch.tensor([[[100.0, 10.0, 1.0]]]), past)
     assert y.flatten().tolist() == [561]
     assert past.flatten().tolist() == [6, 1]
+
+
+@pytest.mark.parametrize("keep", [0, 1 << 22])
+def test_short_conv_in_pieces(keep, monkeypatch):
+    """Pieces of four tokens, kept or computed again, equal torch's convolution and its gradients."""
+    monkeypatch.setattr("heedful.ops.short_conv.PIECE", 24)
+    monkeypatch.setattr("heedful.ops.short_conv.KEEP", keep)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 11, 3), (3, 1, 4), (2, 3, 3)
+    given = [torch.randn(s, dtype=torch.float64, generator=generator, requires_grad=True) for s in sizes]
+    x, weight, past = given
+    y, after = short_conv(x, weight, past)
+    tokens = torch.cat([past, x], dim=1)
+    wanted = F.conv1d(tokens.mT, weight, groups=3).mT
+    torch.testing.assert_close(y, wanted)
+    assert torch.equal(after, tokens[:, 11:])
+    pull = torch.randn(y.shape, dtype=torch.float64, generator=generator)
+    found = torch.autograd.grad((y * pull).sum() + after.square().sum(), given)
+    expected = torch.autograd.grad((wanted * pull).sum() + tokens[:, 11:].square().sum(), given)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.door
