@@ -13,6 +13,7 @@ from rich.table import Table
 
 from heedful.cli import (
     JsonFile,
+    bench_decode_cost,
     bench_models,
     bench_recurrences,
     bench_restore,
@@ -32,6 +33,7 @@ def register(app: typer.Typer) -> None:
     bench_models.register(bench)
     bench_theory.register(bench)
     bench_restore.register(bench)
+    bench_decode_cost.register(bench)
     app.add_typer(bench, name="bench")
 
 
