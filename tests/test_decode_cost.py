@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -66,15 +67,22 @@ def test_arithmetic_intensity(name, intensity):
 def test_shapes_are_those_of_the_modules():
     """Parameters in products, counted on the modules; norms apart."""
     step3, deepseek = MODEL["Step-3"], MODEL["DeepSeek-V3"]
+    assert isinstance(step3, Model) and isinstance(deepseek, Model)
     made = Step3LM(moe_layers=range(4, 60), device="meta")
     assert step3.attention.weights(7168) == sum(p.numel() for p in made.mixers[0].parameters()) - 2048
-    sizes = {"query_rank": 1536, "kv_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128}
+    sizes: dict[str, Any] = {
+        "query_rank": 1536,
+        "kv_rank": 512,
+        "nope_dim": 128,
+        "rope_dim": 64,
+        "value_dim": 128,
+    }
     latent = MultiHeadLatentAttention(7168, heads=128, **sizes, device="meta")
     assert deepseek.attention == Latent(128, **sizes)
     matrices = sum(p.numel() for p in latent.parameters() if p.ndim > 1)
     assert deepseek.attention.weights(7168) == matrices
-    parts = [layer.mlp for layer in made.layers]
-    nets = sum(p.numel() for part in parts for name, p in part.named_parameters() if "router" not in name)
+    parts = ((name, p.numel()) for name, p in made.layers.named_parameters())
+    nets = sum(count for name, count in parts if ".mlp." in name and "router" not in name)
     assert step3.load(1).ffn == 2 * (nets - 56 * 45 * 3 * 7168 * 5120)  # 45 of 48 experts stay idle
 
 
@@ -91,8 +99,8 @@ def test_counts_are_those_measured():
         # The paper counts the rotary part of a latent among the values too.
         extra = 2 * 8 * 32 * 1024 if isinstance(attention, Latent) else 0
         assert load.attention + load.linear == measured + extra
-        token, _ = heads.cache(design[label])
-        assert token == heads.BYTES * attention.kept
+        kept = heads.cache(design[label])
+        assert kept is not None and kept[0] == heads.BYTES * attention.kept
 
 
 def test_prices_of_devices():

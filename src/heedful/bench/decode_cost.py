@@ -251,8 +251,8 @@ def costs(names: list[str], contexts: list[int]) -> list[Cost]:
     for name in names:
         check_choice("models", name, [*by_name])
     return [
-        cheapest(by_name[name], context)
+        cheapest(model, context)
         for context in contexts
-        for name in names
-        if not isinstance(by_name[name], Told) or by_name[name].context == context
+        for model in (by_name[name] for name in names)
+        if not isinstance(model, Told) or model.context == context
     ]

@@ -201,7 +201,7 @@ class Step3LM(DecoderLM):
         if outside := [i for i in sparse if i not in range(depth)]:
             raise ValueError(f"moe_layers has {outside[0]!r}, must have numbers of layers, 0 to {depth - 1}")
         self.vocabulary, self.dim = vocabulary, dim
-        attention = {
+        attention: dict[str, Any] = {
             "heads": heads,
             "head_dim": head_dim,
             "query_rank": head_dim if query_rank is None else query_rank,
