@@ -45,6 +45,7 @@ def folder(tmp_path_factory):
         ["Bert", "--to", "pruned", "--keep", 0.5, "--evenly"],
         ["DiffLlama", "--to", "grown", "--times", 3],
         ["Bert", "--to", "shrp", "--hidden", 20, "--recover", 1, "--share", 0.5],
+        ["Bert", "--to", "layers", "--keep", 0.5],
         ["Llama", "--to", "paths", "--cut", 2],
     ],
     ids=lambda words: words[2],
@@ -58,7 +59,8 @@ def test_every_conversion(folder, tmp_path, words):
     if words[0] == "Bert":
         assert len(told["sentence_pairs"]) == len(PAIRS) and -1 < told["cosine_of_embeddings"] <= 1
         heads = {c["after"]["what"] for c in told["changes"]}
-        assert heads == {"3 heads"} if words[2] == "pruned" else heads <= {"1 head", "2 experts", "3 experts"}
+        wanted = {"pruned": {"3 heads"}, "layers": {"left out"}, "shrp": {"1 head", "2 experts", "3 experts"}}
+        assert heads <= wanted[words[2]]
     else:
         low, high = (-1e-4, 1e-4) if words[2] == "grown" else (1e-3, 50)
         assert low < told["divergence"] < high
@@ -95,6 +97,9 @@ def test_a_package_is_found_by_name():
         (["Bert", "--to", "paths"], "model is of type 'bert', must be llama"),
         (["Llama", "--to", "paths", "--cut", "9"], "must name some of the paths 0 to 3"),
         (["Bert", "--to", "dha", "--text", "no.txt"], "no.txt is not a file"),
+        (["Bert", "--to", "pruned", "--keep", "0"], "keep is 0.0, must be above 0 and at most 1"),
+        (["Bert", "--to", "shrp", "--share", "2", "--recover", "9"], "share is 2.0, must be above 0"),
+        (["Bert", "--to", "moh", "--lr", "-1"], "lr is -1.0, must be at least 0"),
     ],
 )
 @pytest.mark.door
@@ -103,3 +108,22 @@ def test_errors_are_one_line(folder, words, told):
     result = run(name, *words[1:])
     assert result.exit_code == 2
     assert told in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.door
+def test_nothing_is_written_where_it_cannot_be_whole(folder, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    words = (folder / "Bert", "--to", "layers", "--out")
+    for out in (file, tmp_path / "deep" / "out"):
+        result = run(*words, out)
+        assert result.exit_code == 2 and "must be a folder, or a new one in a folder" in result.stderr
+    assert file.read_text() == "mine"
+
+    def full(*args, **how):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(BertTokenizer, "save_pretrained", full)
+    result = run(*words, tmp_path / "out")
+    assert result.exit_code == 2 and "no space left" in result.stderr
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -81,13 +82,38 @@ def test_auxiliary_losses_and_cross_entropy_are_in():
     student, _ = to_moh(teacher, shared_heads=2, routed_heads=4, balance=1.0)
     batch = texts()
     (with_aux,) = recover(student, teacher, [batch], steps=1, lr=0.0, progress=False)
-    # All heads are on: no distance, and the loss of two layers at even use, 4 of 4 heads each.
-    assert with_aux["loss"] == pytest.approx(2 * 4, rel=1e-4)
+    # All heads are on: no distance, and the loss at even use, 4 of 4 heads, the mean over two layers.
+    assert with_aux["loss"] == pytest.approx(4, rel=1e-4)
     (with_ce,) = recover(student, teacher, [batch], steps=1, lr=0.0, ce_weight=1.0, progress=False)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     with torch.no_grad():
         ce = teacher(**batch, labels=labels).loss
     assert with_ce["loss"] - with_aux["loss"] == pytest.approx(ce.item(), rel=1e-3)
+
+
+def test_continued_training_of_a_mixture_of_heads():
+    """As published: next tokens and 0.01 times the mean over layers of the loss of uneven use, no teacher."""
+    student, _ = to_moh(tiny("Llama"), shared_heads=2, routed_heads=1)
+    batch, old = texts(4, 9), copy.deepcopy(student)
+    given = {}
+    for layer in old.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: given.update({module: args[0]}))
+    logits = old(**batch).logits
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    for layer in old.model.layers:
+        # R sum f P over the routed heads, of lengths in units of their spread
+        length = (
+            layer.self_attn.q_proj(layer.input_layernorm(given[layer]))
+            .view(4, 9, 6, 8)[:, :, 2:]
+            .norm(dim=-1)
+        )
+        p = (length / length.std(-1, keepdim=True)).softmax(-1).flatten(0, 1)
+        f = torch.nn.functional.one_hot(p.argmax(-1), 4).float().mean(0)
+        expected = expected + 0.01 * 4 * (f * p.mean(0)).sum() / 2
+    history = recover(student, None, [batch], steps=30, lr=3e-3, kl_weight=0, ce_weight=1, progress=False)
+    assert history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
 
 
 def test_preferences_are_learnt():
@@ -122,12 +148,17 @@ def test_errors():
     model = tiny("Llama")
     for named, told in (
         ({"batches": []}, "batches is empty"),
+        ({"lr": -1e-3}, "lr is -0.001, must be at least 0"),
         ({"steps": 0}, "steps is 0"),
         ({"trainable": "none"}, "trainable is 'none'"),
         ({"trainable": "converted"}, "student has no parameter"),
     ):
         with pytest.raises(ValueError, match=told):
             recover(model, model, **{"batches": [texts()], **named})
+    with pytest.raises(
+        ValueError, match="teacher is None, must be a model where kl_weight is not 0; it is 1"
+    ):
+        recover(model, None, [texts()])
     with pytest.raises(ValueError, match="pairs is empty"):
         prefer(model, model, [])
     bert = tiny("Bert")

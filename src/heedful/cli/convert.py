@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from heedful.cli import fail, wide_console
 
-KINDS = ("gqa", "pruned", "mla", "dha", "moh", "grown", "shrp", "paths")
+KINDS = ("gqa", "pruned", "mla", "dha", "moh", "grown", "shrp", "layers", "paths")
 SENTENCES = 128  # half of them for the conversion, half to see what became of the model
 
 # Sentence pairs that show what became of an encoder: nearly the same, about the same, about something else.
@@ -46,7 +48,7 @@ def _convert(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the converted model; heedful.convert.load reads it.")
     ] = None,
-    keep: Annotated[float, typer.Option(help="pruned: share of heads to keep.")] = 0.5,
+    keep: Annotated[float, typer.Option(help="pruned, layers: share of heads or layers to keep.")] = 0.5,
     evenly: Annotated[bool, typer.Option(help="pruned: the same number in every layer.")] = False,
     kv_heads: Annotated[int | None, typer.Option(help="gqa: key and value heads to keep.")] = None,
     grouping: Annotated[str, typer.Option(help="gqa: neighbours or similarity.")] = "similarity",
@@ -89,9 +91,14 @@ def _convert(
             raise ValueError(f"to is {to!r}, must be one of {', '.join(KINDS)}")
         if to == "gqa" and kv_heads is None:
             raise ValueError("kv_heads is not given, must be the number of key and value heads to keep")
-        for name, steps in (("fuse", fuse), ("recover", recover), ("cut", cut)):
-            if steps < 0:
-                raise ValueError(f"{name} is {steps}, must be at least 0")
+        for name, number in (("fuse", fuse), ("recover", recover), ("cut", cut), ("lr", lr)):
+            if number < 0:
+                raise ValueError(f"{name} is {number}, must be at least 0")
+        for name, part in (("keep", keep), ("budget", budget), ("share", share)):
+            if part is not None and not 0 < part <= 1:
+                raise ValueError(f"{name} is {part}, must be above 0 and at most 1")
+        if out is not None and ((out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir()):
+            raise ValueError(f"out is {str(out)!r}, must be a folder, or a new one in a folder that is there")
         from transformers.utils import logging
 
         from heedful import convert
@@ -128,6 +135,10 @@ def _convert(
             new, report = convert.to_moh(old, shared_heads=shared_heads, routed_heads=routed_heads)
         elif to == "shrp":
             new, report = convert.to_shrp(old, hidden=hidden, route=route)
+        elif to == "layers":
+            worth = convert.layer_importance(old, batches)
+            best = worth.argsort(descending=True)[: max(1, round(keep * len(worth)))]
+            new, report = convert.prune_layers(old, best.tolist())
         elif to == "paths":
             new, report = convert.prune_paths(old, range(cut))
         else:
@@ -139,8 +150,7 @@ def _convert(
             report = report.followed_by(pruned)
         told = report.as_dict() | _compared(old, new, tokenizer, lines[SENTENCES // 2 :])
         if out is not None:
-            new.save_pretrained(out)
-            tokenizer.save_pretrained(out)
+            _save(new, tokenizer, out)
     except (ValueError, ImportError, OSError) as wrong:
         fail(wrong)
     if as_json:
@@ -150,6 +160,14 @@ def _convert(
     _print(told)
     if out is not None:
         typer.echo(f"\n{out}: read it with heedful.convert.load({str(out)!r})")
+
+
+def _save(model: Any, tokenizer: Any, out: Path) -> None:
+    """Both or nothing: what fails half-way leaves no folder that looks whole."""
+    with TemporaryDirectory(dir=out.absolute().parent) as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        shutil.copytree(made, out, dirs_exist_ok=True)
 
 
 def _sentences(text: Path | None) -> list[str]:

@@ -60,7 +60,7 @@ def preference_loss(
 @register("recover", kind="convert", paper="x-ecomla", tags=("distillation", "surgery"))
 def recover(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     batches: Sequence[Mapping[str, Any]],
     *,
     steps: int = 100,
@@ -76,7 +76,8 @@ def recover(
         loss = kl_weight KL(teacher || student) + ce_weight CE + auxiliary losses of mixtures
 
     student    in the end in the mode (eval or train) it came in
-    teacher    the model before the conversion or a larger one with the same vocabulary; it is not changed
+    teacher    the model before the conversion or a larger one with the same vocabulary; it is not changed.
+               None, with kl_weight=0: none is needed
     batches    what both take, one after the other and again; labels, where ce_weight asks for them, are in
                them or the input_ids themselves, padding left out
     steps      with AdamW, `lr` with a warmup over its share of the steps and then falling as a cosine
@@ -84,13 +85,18 @@ def recover(
     progress   show it
 
     Models without logits learn their teacher's last hidden states (`hidden_loss`).
-    Gives the loss ("loss") of every step. Raises ValueError where nothing can be trained, or without batches.
+    Gives the loss ("loss") of every step. Raises ValueError where nothing can be trained, without batches,
+    for an lr below 0, and where there is no teacher for kl_weight.
     Source: X-EcoMLA, arXiv 2503.11132, stage 1.
     """
     check_positive("steps", steps)
     check_choice("trainable", trainable, TRAINABLE)
+    if not lr >= 0:
+        raise ValueError(f"lr is {lr}, must be at least 0")
     if not batches:
         raise ValueError("batches is empty, must hold at least one batch")
+    if teacher is None and kl_weight:
+        raise ValueError(f"teacher is None, must be a model where kl_weight is not 0; it is {kl_weight}")
     if trainable == "all":
         parameters = [p for p in student.parameters() if p.requires_grad]
     else:
@@ -103,7 +109,7 @@ def recover(
         batch = batches[step % len(batches)]
         return _distance(student, teacher, batch, kl_weight, ce_weight)
 
-    with _modes(student, teacher):
+    with _modes(student, *([] if teacher is None else [teacher])):
         return train([{"params": parameters, "lr": lr}], loss, steps=steps, warmup=warmup, progress=progress)
 
 
@@ -194,20 +200,21 @@ def train(
 
 
 def _distance(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Mapping[str, Any], kl: float, ce: float
+    student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Mapping[str, Any], kl: float, ce: float
 ) -> Tensor:
     given = {name: value for name, value in batch.items() if name != "labels"}
     out = student(**given)
-    with torch.no_grad():
-        wanted = teacher(**given)
-    if "logits" not in out:
-        if ce:
-            raise ValueError(f"ce_weight is {ce}, must be 0: student has no logits")
-        loss = kl * hidden_loss(
-            out["last_hidden_state"], wanted["last_hidden_state"], given.get("attention_mask")
-        )
-    else:
-        loss = kl * distillation_loss(out["logits"], wanted["logits"])
+    if ce and "logits" not in out:
+        raise ValueError(f"ce_weight is {ce}, must be 0: student has no logits")
+    loss = out[0].new_zeros(())
+    if teacher is not None and kl:
+        with torch.no_grad():
+            wanted = teacher(**given)
+        if "logits" in out:
+            loss = kl * distillation_loss(out["logits"], wanted["logits"])
+        else:
+            states = (x["last_hidden_state"] for x in (out, wanted))
+            loss = kl * hidden_loss(*states, given.get("attention_mask"))
     if ce:
         loss = loss + ce * cross_entropy(out["logits"], batch)
     return loss + sum(auxiliary(student))
@@ -242,10 +249,11 @@ def _log_probability(model: PreTrainedModel, batch: Mapping[str, Any]) -> Float[
 
 
 @contextmanager
-def _modes(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
-    """The student trains and the teacher does not; both come out as they went in."""
-    before = [(model, model.training) for model in (student, teacher)]
-    teacher.eval()
+def _modes(student: nn.Module, *teachers: nn.Module) -> Iterator[None]:
+    """The student trains and teachers do not; all come out as they went in."""
+    before = [(model, model.training) for model in (student, *teachers)]
+    for teacher in teachers:
+        teacher.eval()
     student.train()
     try:
         yield

@@ -39,19 +39,23 @@ def to_moh(
     model         of the Llama kind (llama, mistral, qwen2, qwen3) or of the BERT kind
     shared_heads  S; None: half of the heads
     routed_heads  K; None: half of the others. All of them: nothing changes
-    balance       weight of the loss of uneven use, which stands in `aux_losses` of each module in training
+    balance       weight of the loss of uneven use, the mean over the layers, of which each has its share in
+                  `aux_losses` while it trains
     layers        numbers of the layers to convert; None: all
     copy          False changes the model itself
     context       tokens that a token sees in the report's multiply-adds
 
     No parameter is added and all heads are computed; the cache holds all, since a later token may choose any.
+    `recover(model, None, batches, kl_weight=0, ce_weight=1)` goes on training as published: on the next
+    tokens, with the losses of uneven use.
     Raises ValueError for another model and for numbers that do not fit.
     Source: MoH, arXiv 2410.11842, the form of MoH-LLaMA3-8B.
     """
-    heads = choose_sites(model, layers)[0].heads
+    sites = choose_sites(model, layers)
+    heads = sites[0].heads
     shared_heads, routed_heads = default_shares(heads, shared_heads, routed_heads)
     check_shares(heads, shared_heads, routed_heads)
-    numbers = {"shared": shared_heads, "routed": routed_heads, "balance": balance}
+    numbers = {"shared": shared_heads, "routed": routed_heads, "balance": balance / len(sites)}
 
     def make(site: Site) -> MixtureOfHeadsAttention:
         each = list(range(site.kv_heads))
