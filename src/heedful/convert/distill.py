@@ -213,7 +213,7 @@ def _distance(
         if "logits" in out:
             loss = kl * distillation_loss(out["logits"], wanted["logits"])
         else:
-            states = (x["last_hidden_state"] for x in (out, wanted))
+            states = out["last_hidden_state"], wanted["last_hidden_state"]
             loss = kl * hidden_loss(*states, given.get("attention_mask"))
     if ce:
         loss = loss + ce * cross_entropy(out["logits"], batch)

@@ -100,8 +100,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
                     put(self, site, kinds[spec.pop("kind")](site, **spec))
             if numbers := getattr(config, ADAPTERS, None):
                 insert(self, numbers)
-            if spec := getattr(config, PATHS, None):
-                weigh(self, spec)
+            if paths := getattr(config, PATHS, None):
+                weigh(self, paths)
 
     for name in ("__name__", "__qualname__", "__module__"):  # by which transformers finds what a class has
         setattr(Converted, name, getattr(plain, name))

@@ -83,7 +83,7 @@ def weigh(model: nn.Module, spec: Mapping[str, Any]) -> ResidualPaths:
     like: Tensor = paths.last.weight  # type: ignore[assignment]
     weights: EnsembleScale | _Kept
     if "init" in spec:
-        made = {"device": like.device, "dtype": like.dtype}
+        made: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         weights = EnsembleScale(len(like), components=paths.components, **spec, **made)
     else:
         weights = _Kept(paths.components, spec["cut"], like.detach())
