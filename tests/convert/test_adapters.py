@@ -54,6 +54,8 @@ def test_silent_adapters_change_nothing_and_come_back(kind, tmp_path):
     new, report = add_p_adapters(model, **SMALL)
     assert not torch.allclose(outcome(new), outcome(model), atol=1e-2)
     check_loads(new, tmp_path)
+    again = load(tmp_path)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in new.parameters()]
     torch.testing.assert_close(outcome(silent(new)), outcome(model), rtol=1e-4, atol=1e-5)
     trained = {name for name, p in new.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in new.named_parameters() if ".adapter." in name}

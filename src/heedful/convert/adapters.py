@@ -77,9 +77,8 @@ def add_p_adapters(
     changed = copying.deepcopy(model) if copy else model
     whole = sum(p.numel() for p in changed.parameters())
     before = {name: _cost(layer, context) for name, layer in _layers(changed).items()}
-    made = _make(changed, numbers)  # an error leaves the model as it was
-    changed.requires_grad_(False)
-    _put(changed, made, numbers)
+    insert(changed, numbers)  # an error leaves the model as it was
+    freeze_others(changed)
     changes = tuple(Change(n, before[n], _cost(layer, context)) for n, layer in _layers(changed).items())
     after = sum(p.numel() for p in changed.parameters())
     return changed, Report(f"p-adapters, a bottleneck of 1 / {reduction}", changes, (whole, after), context)
@@ -88,6 +87,12 @@ def add_p_adapters(
 def insert(model: PreTrainedModel, numbers: dict[str, Any]) -> None:
     """Adapters with the numbers of a configuration, to be filled."""
     _put(model, _make(model, numbers), numbers)
+
+
+def freeze_others(model: PreTrainedModel) -> None:
+    """Let nothing train but the adapters."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".adapter." in name)
 
 
 class AdaptedAttention(nn.Module):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from heedful.checks import check_positive
 from heedful.convert.adapters import KEY as ADAPTERS
-from heedful.convert.adapters import insert
+from heedful.convert.adapters import freeze_others, insert
 from heedful.convert.attention import ConvertedAttention
 from heedful.convert.paths import KEY as PATHS
 from heedful.convert.paths import weigh
@@ -107,6 +107,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         setattr(Converted, name, getattr(plain, name))
     model = Converted.from_pretrained(path, **kwargs)
     model.__class__ = plain
+    if getattr(config, ADAPTERS, None):
+        freeze_others(model)
     return model
 
 
