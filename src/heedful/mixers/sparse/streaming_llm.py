@@ -16,6 +16,7 @@ from heedful.mixers.state import KVState
 from heedful.ops.attention import attention, merge_partials
 from heedful.ops.rotary import rotary_angles, rotate
 from heedful.patterns.causal import Causal
+from heedful.patterns.pattern import Pattern
 from heedful.patterns.sink_window import SinkWindow
 from heedful.patterns.window import Window
 from heedful.registry import register
@@ -123,7 +124,7 @@ class StreamingAttention(SelfAttention):
         """Over the window with `query`, and over the sinks that have left the window with `far`."""
         assert held.key is not None
 
-        def part(q: Tensor, keys: slice, pattern: Window | Causal, offset: int) -> tuple[Tensor, Tensor]:
+        def part(q: Tensor, keys: slice, pattern: Pattern, offset: int, **wanted: bool) -> Any:
             assert held.key is not None and held.value is not None
             return attention(
                 q,
@@ -133,16 +134,18 @@ class StreamingAttention(SelfAttention):
                 key_mask=None if held.mask is None else held.mask[:, keys],
                 query_offset=offset,
                 dropout_p=self.dropout if self.training else 0.0,
-                return_lse=True,
+                **wanted,
             )
 
+        if start == 0 and far is query:  # nothing was dropped, and no query stands in two places
+            return part(query, slice(None), self.pattern, 0)
         near = min(start, self.window - 1)  # keys before the new ones
-        first = held.key.shape[2] - near - new
-        parts = [part(query, slice(first, None), Window(self.window - 1, 0), near)]
-        if self.sinks and start + new > self.window:
-            # The query at position i has sink j out of its window iff j <= i - window.
-            parts.append(part(far, slice(0, self.sinks), Causal(), start - self.window))
-        return merge_partials(parts)[0]
+        window = query, slice(held.key.shape[2] - near - new, None), Window(self.window - 1, 0), near
+        if not self.sinks or start + new <= self.window:
+            return part(*window)
+        # The query at position i has sink j out of its window iff j <= i - window.
+        sinks = far, slice(0, self.sinks), Causal(), start - self.window
+        return merge_partials([part(*keys, return_lse=True) for keys in (window, sinks)])[0]
 
     def _evict(self, held: KVState, length: int) -> KVState:
         """The first `sinks` and the last window - 1 tokens."""
