@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,17 +136,112 @@ def test_prompts():
 
 
 def test_findings_tell_the_patterns_apart():
-    good = icl.Learned(2, 0.24, 0.18, [0.2, -0.2], [2.0, -2.0], 0.02, 0.02, 0.01)
-    poor = icl.Learned(2, 0.50, 0.49, [0.2, 0.3], [2.0, 1.0], 0.5, 0.5, 0.5)
-    one = icl.Learned(1, 0.40, 0.30, [0.5], [1.5], 0.02, 0.02, 0.01)
+    good = icl.Learned(2, 1, 0.24, 0.18, {}, [0.2, -0.2], [2.0, -2.0], 0.02, 0.02, 0.01)
+    poor = icl.Learned(2, 1, 0.50, 0.49, {}, [0.2, 0.3], [2.0, 1.0], 0.5, 0.5, 0.5)
+    one = icl.Learned(1, 1, 0.40, 0.30, {}, [0.5], [1.5], 0.02, 0.02, 0.01)
     told = {"debiased gradient step": 0.24}
-    assert all(f.holds for f in icl._findings([one, good], told))
+    deep = icl.Learned(2, 2, 0.18, 0.1, {}, [], [], 0.0, 0.0, 0.0)
+    assert all(f.holds for f in icl._findings([one, good, deep], told))
+    assert not icl._findings([good, replace(deep, loss=0.23)], told)[-1].holds
+    assert len(icl._findings([good], told)) == 1 + len(icl._findings([good], told, correlation=0.5))
     assert not any(f.holds for f in icl._findings([one, poor], told))
+
+
+def test_correlated_inputs():
+    task = icl.LinearRegression(4, 3, 0.0, correlation=0.6)
+    wanted = torch.tensor([[0.6 ** abs(i - j) for j in range(4)] for i in range(4)])
+    torch.testing.assert_close(task.covariance(), wanted)
+    pairs, query, _ = task.prompts(20000, torch.Generator().manual_seed(0))
+    for x in (pairs[:, 1, :4], query[:, 0, :4]):
+        # 20000 products of spread at most sqrt(2) scatter by 0.01
+        torch.testing.assert_close(x.T @ x / 20000, wanted, rtol=0, atol=0.05)
+    plain = icl.LinearRegression(4, 3, 0.0).prompts(2, torch.Generator().manual_seed(0))[0]
+    torch.testing.assert_close(
+        task.prompts(2, torch.Generator().manual_seed(0))[0][..., :4],
+        plain[..., :4] @ torch.linalg.cholesky(wanted).T,
+    )
+
+
+def test_several_layers_by_loops():
+    torch.manual_seed(0)
+    model = icl.ICLLayers(4, heads=2, layers=2).double()
+    pairs, query = torch.randn(2, 5, 4, dtype=F64), torch.randn(2, 1, 4, dtype=F64)
+    z = torch.cat([pairs, query], dim=1).requires_grad_()
+    x = z
+    for layer in model.layers:
+        rows = []
+        for n in range(6):
+            total = x[:, n]
+            for h in range(2):
+                own = slice(4 * h, 4 * h + 4)
+                q = x[:, n] @ layer.query.weight[own].T
+                e = [(((x[:, m] @ layer.key.weight[own].T) * q).sum(-1) / 2.0).exp() for m in range(n + 1)]
+                mixed = sum(e[m][:, None] * (x[:, m] @ layer.value.weight[own].T) for m in range(n + 1))
+                total = total + (mixed / sum(e)[:, None]) @ layer.out.weight[:, own].T
+            rows.append(total)
+        x = torch.stack(rows, dim=1)
+    y = model(z[:, -1:], z[:, :-1])
+    torch.testing.assert_close(y[:, 0, 0], x[:, -1, -1])
+    grads = [torch.autograd.grad(out, z)[0] for out in (y.sin().sum(), x[:, -1, -1].sin().sum())]
+    torch.testing.assert_close(*grads)
+
+
+def test_prepared_starts():
+    def circuits(start):
+        torch.manual_seed(0)
+        layer = icl.ICLAttention(3, heads=4)
+        icl.prepare(layer, start)
+        return layer, *layer.circuits()
+
+    eye, size = torch.eye(3), 3**-0.5
+    _, query_key, output_value = circuits("small-identity")
+    torch.testing.assert_close(query_key, 1e-12 * size * eye.expand(4, 3, 3), rtol=1e-5, atol=0)
+    torch.testing.assert_close(output_value, 1e-12 * eye[-1:].expand(4, 1, 3), rtol=1e-5, atol=0)
+    _, opposite, same = circuits("opposite-small-identity")
+    signs = torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None, None]
+    torch.testing.assert_close(opposite, signs * query_key, rtol=0, atol=0)
+    torch.testing.assert_close(same, output_value, rtol=0, atol=0)
+    random, query_key, _ = circuits("random")
+    layer, prepared, _ = circuits("small-identity-qk")
+    torch.testing.assert_close(prepared, 1e-8 * size * eye.expand(4, 3, 3), rtol=1e-5, atol=0)
+    assert torch.equal(layer.value.weight, random.value.weight)
+    assert torch.equal(layer.out.weight, random.out.weight)
+    assert query_key.abs().max() > 0.01
+
+
+def test_heads_that_begin_alike_stay_alike():
+    told = icl.experiment(heads=(1, 2), steps=60, starts=1, start="small-identity")
+    first, second = told.learned[1].omega
+    assert first == pytest.approx(second, rel=1e-4)
+    assert told.findings[0].holds
+    opposite = icl.experiment(heads=(2,), steps=200, starts=1, start="opposite-small-identity").learned[0]
+    assert opposite.omega[0] * opposite.omega[1] < 0 and opposite.mu[0] * opposite.mu[1] < 0
+
+
+def test_other_lengths():
+    told = icl.experiment(heads=(2,), steps=5, starts=1, lengths=(10, 80))
+    assert told.learned[0].by_length[80] == told.learned[0].loss_longer
+    assert list(told.learned[0].by_length) == list(told.by_length) == [10, 80]
+    errors = [told.by_length[10]["ridge"], told.estimators["ridge"], told.by_length[80]["ridge"]]
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_command(tmp_path):
     file = tmp_path / "icl.json"
-    words = ["bench", "icl", "--heads", "1,2", "--steps", "20", "--starts", "1", "--seed", "3"]
+    words = [
+        "bench",
+        "icl",
+        "--heads",
+        "1,2",
+        "--steps",
+        "20",
+        "--starts",
+        "1",
+        "--seed",
+        "3",
+        "--lengths",
+        "80",
+    ]
     done = CliRunner().invoke(app, [*words, "--json", str(file)])
     assert done.exit_code == 0, done.output
     assert "attention, heads: 2" in done.output
@@ -164,6 +260,11 @@ def test_door():
         (["--heads", "two"], "heads is 'two'"),
         (["--heads", "0"], "heads is '0'"),
         (["--starts", "0"], "starts is 0"),
+        (["--layers", "0"], "layers is '0'"),
+        (["--lengths", "x"], "lengths is 'x'"),
+        (["--start", "zero"], "start is 'zero', must be one of 'random', 'small-identity'"),
+        (["--start", "small-identity", "--layers", "2"], "must be 'random' with several layers"),
+        (["--correlation", "1"], "correlation is 1.0, must be at least 0 and below 1"),
     ):
         done = CliRunner().invoke(app, ["bench", "icl", *words])
         assert done.exit_code == 2

@@ -1,8 +1,9 @@
 """In-context linear regression: what one layer of softmax attention learns from pairs (x, y).
 
-A prompt holds `length` pairs with y = beta . x + noise, and a query x whose y is asked. One attention layer
-without feed-forward net is trained on such prompts, each with a beta of its own. It comes out as a step of
-gradient descent on the prompt's least squares, with the mean of x taken out where two heads share the work.
+A prompt holds `length` pairs with y = beta . x + noise, and a query x whose y is asked. Attention layers
+without feed-forward nets are trained on such prompts, each with a beta of its own. One layer comes out as a
+step of gradient descent on the prompt's least squares, with the mean of x taken out where two heads share the
+work; several layers do better.
 Source: In-Context Linear Regression Demystified, arXiv 2503.12734.
 """
 
@@ -10,40 +11,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heedful.bench.findings import Finding
-from heedful.checks import check_positive
+from heedful.checks import check_choice, check_positive
 from heedful.registry import register
 
 BATCH, LEARNING_RATE = 128, 0.05
+STARTS = ("random", "small-identity", "small-identity-qk", "opposite-small-identity")
+SMALL, SMALL_QK = 1e-6, 1e-4  # sizes of prepared starts
+DEEP_RATE, EPS = 0.01, 1e-20  # of Adam
+SHARPER = 0.2  # how much better several layers must be for the pattern to hold
 TEST_PROMPTS, TEST_SEED = 20000, 987654321  # training seeds are small numbers
 
-OnStep = Callable[[int, int, int, float], None]  # heads, start, step, loss
+OnStep = Callable[[tuple[int, int], int, int, float], None]  # (layers, heads), start, step, loss
 
 
 @dataclass(frozen=True)
 class LinearRegression:
-    """Prompts: x ~ N(0, I), beta ~ N(0, I / dim), y = beta . x + N(0, noise).
+    """Prompts: x ~ N(0, S), beta ~ N(0, I / dim), y = beta . x + N(0, noise).
 
-    dim: of x; length: pairs in a prompt; noise: a variance.
+    dim: of x; length: pairs in a prompt; noise: a variance; correlation: rho, in [0, 1), with
+    S_ij = rho^|i - j|. Raises ValueError on other values.
     """
 
     dim: int = 5
     length: int = 40
     noise: float = 0.1
+    correlation: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive("dim", self.dim)
+        check_positive("length", self.length)
+        if not self.noise >= 0:
+            raise ValueError(f"noise is {self.noise}, must be at least 0")
+        if not 0 <= self.correlation < 1:
+            raise ValueError(f"correlation is {self.correlation}, must be at least 0 and below 1")
+
+    def covariance(self) -> Float[Tensor, "d d"]:
+        """S."""
+        place = torch.arange(self.dim)
+        return self.correlation ** (place[:, None] - place).abs().float()
 
     def prompts(
         self, batch: int, generator: torch.Generator
     ) -> tuple[Float[Tensor, "b l d1"], Float[Tensor, "b 1 d1"], Float[Tensor, " b"]]:
         """Pairs [x, y], queries [x, 0], and the y that is asked."""
         x = torch.randn(batch, self.length + 1, self.dim, generator=generator)
+        if self.correlation:
+            x = x @ torch.linalg.cholesky(self.covariance()).mT
         beta = torch.randn(batch, self.dim, generator=generator) / self.dim**0.5
         y = (x @ beta[..., None])[..., 0]
         y = y + self.noise**0.5 * torch.randn(y.shape, generator=generator)
@@ -63,7 +85,8 @@ class ICLAttention(nn.Module):
 
         f = sum_h O_h V_h Z softmax(Z^T K_h^T Q_h z_q / sqrt(D))
 
-    dim: D, of a pair; heads; out: numbers that are asked. No biases, no positions.
+    dim: D, of a pair; heads; out: numbers that are asked. No biases, no positions. hidden: pairs that a query
+    does not see.
     """
 
     def __init__(self, dim: int, *, heads: int, out: int = 1) -> None:
@@ -75,12 +98,21 @@ class ICLAttention(nn.Module):
         self.value = nn.Linear(dim, heads * dim, bias=False)
         self.out = nn.Linear(heads * dim, out, bias=False)
 
-    def forward(self, query: Float[Tensor, "b 1 c"], pairs: Float[Tensor, "b l c"]) -> Float[Tensor, "b 1 o"]:
+    def forward(
+        self,
+        query: Float[Tensor, "b n c"],
+        pairs: Float[Tensor, "b l c"],
+        *,
+        hidden: Bool[Tensor, "n l"] | None = None,
+    ) -> Float[Tensor, "b n o"]:
         q, k, v = (
             rearrange(y, "b n (h c) -> b h n c", h=self.heads)
             for y in (self.query(query), self.key(pairs), self.value(pairs))
         )
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        logits = q @ k.mT * q.shape[-1] ** -0.5
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, -math.inf)
+        weights = logits.softmax(-1)
         return self.out(rearrange(weights @ v, "b h n c -> b n (h c)"))
 
     def circuits(self) -> tuple[Float[Tensor, "h c c"], Float[Tensor, "h o c"]]:
@@ -91,6 +123,56 @@ class ICLAttention(nn.Module):
         )
         out = rearrange(self.out.weight, "o (h e) -> h o e", h=self.heads)
         return query.mT @ key * query.shape[-1] ** -0.5, out @ value
+
+
+class ICLLayers(nn.Module):
+    """Several such layers with residuals over pairs and query together, causal.
+
+        Z_0 = [pairs, query];   Z_k = Z_{k-1} + layer_k(Z_{k-1});   f = the y of the query in the last Z
+
+    Each position attends to those up to itself. dim, heads: see `ICLAttention`; layers: their number.
+    """
+
+    def __init__(self, dim: int, *, heads: int, layers: int) -> None:
+        super().__init__()
+        check_positive("layers", layers)
+        self.layers = nn.ModuleList(ICLAttention(dim, heads=heads, out=dim) for _ in range(layers))
+
+    def forward(self, query: Float[Tensor, "b 1 c"], pairs: Float[Tensor, "b l c"]) -> Float[Tensor, "b 1 1"]:
+        z = torch.cat([pairs, query], dim=1)
+        hidden = torch.ones(z.shape[1], z.shape[1], dtype=torch.bool, device=z.device).triu(1)
+        for layer in self.layers:
+            z = z + layer(z, z, hidden=hidden)
+        return z[:, -1:, -1:]
+
+
+@torch.no_grad()
+def prepare(layer: ICLAttention, start: str) -> None:
+    """Set the weights of a layer of one output to a start that is named in `STARTS`.
+
+    "random"                   as they are
+    "small-identity"           identities times 1e-6 in place of queries, keys and values; the output takes y
+    "small-identity-qk"        identities times 1e-4 in place of queries and keys; the rest random
+    "opposite-small-identity"  as "small-identity", and the queries of the second half of the heads negative
+
+    Two classes of the authors differ in the last: here queries alone change their sign, so that the heads
+    look for opposite x; negative keys as well would undo it. What stands for an identity in one output is
+    ours.
+    """
+    check_choice("start", start, STARTS)
+    if start == "random":
+        return
+    size = SMALL_QK if start == "small-identity-qk" else SMALL
+    width = layer.query.weight.shape[1]
+    eye = torch.eye(width).repeat(layer.heads, 1)
+    layer.query.weight.copy_(size * eye)
+    layer.key.weight.copy_(size * eye)
+    if start == "small-identity-qk":
+        return
+    layer.value.weight.copy_(size * eye)
+    layer.out.weight.copy_(size * eye.mT[-1:])
+    if start == "opposite-small-identity":
+        layer.query.weight[layer.heads // 2 * width :].neg_()
 
 
 # -- what the layer is compared with -------------------------------------------------------------------
@@ -168,7 +250,9 @@ def _curvature(omega: Tensor, task: LinearRegression) -> Tensor:
 class Learned:
     """What a trained layer became.
 
+    layers         how many; of several no pattern is read off, and what follows by_length is empty or 0
     loss           square error on unseen prompts; loss_longer: with twice as many pairs
+    by_length      square errors on prompts of other lengths
     omega, mu      the two numbers of each head
     off_identity   largest entry of the heads' query-key matrices off the diagonal, of the x part, relative to
                    the largest |omega|; heads that give nothing (|mu| small) aside
@@ -177,8 +261,10 @@ class Learned:
     """
 
     heads: int
+    layers: int
     loss: float
     loss_longer: float
+    by_length: dict[int, float]
     omega: list[float]
     mu: list[float]
     off_identity: float
@@ -188,7 +274,7 @@ class Learned:
     @property
     def mu_balance(self) -> float:
         """|sum mu| / sum |mu|: 0 where heads of both signs weigh the same."""
-        return abs(sum(self.mu)) / sum(map(abs, self.mu))
+        return abs(sum(self.mu)) / sum(map(abs, self.mu)) if self.mu else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"mu_balance": self.mu_balance}
@@ -196,16 +282,21 @@ class Learned:
 
 @dataclass(frozen=True)
 class Report:
-    """Trained layers, the errors of the estimators on the same prompts, and the patterns."""
+    """Trained layers, the errors of the estimators on the same prompts, and the patterns.
+
+    by_length: the errors of the estimators on prompts of other lengths
+    """
 
     learned: list[Learned]
     estimators: dict[str, float]
+    by_length: dict[int, dict[str, float]]
     findings: list[Finding]
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "learned": [x.as_dict() for x in self.learned],
             "estimators": self.estimators,
+            "by_length": self.by_length,
             "findings": [x.as_dict() for x in self.findings],
         }
 
@@ -213,42 +304,74 @@ class Report:
 def experiment(
     *,
     heads: Sequence[int] = (1, 2, 4),
+    layers: Sequence[int] = (1,),
     steps: int = 2000,
     starts: int = 2,
+    start: str = "random",
+    lengths: Sequence[int] = (),
     seed: int = 0,
     task: LinearRegression | None = None,
-    on_step: OnStep = lambda heads, start, step, loss: None,
+    on_step: OnStep = lambda network, start, step, loss: None,
 ) -> Report:
-    """Train layers with each number of heads from random starts, keep the best start, read off the patterns.
+    """Train networks with each number of heads and of layers, keep the best start, read off the patterns.
 
-    Raises ValueError unless heads, steps and starts are at least 1.
+    starts   how many seeds of weights and prompts each network has
+    start    where one layer begins, see `prepare`; several layers begin at random
+    lengths  of further prompts, on which what was trained is tested
+
+    Raises ValueError unless all numbers are at least 1, on an unknown start, and on a prepared start of
+    several layers.
     """
     task = LinearRegression() if task is None else task
-    for name, value in (("steps", steps), ("starts", starts), *(("heads", h) for h in heads)):
-        check_positive(name, value)
+    counts = [("heads", heads), ("layers", layers), ("lengths", lengths)]
+    for name, values in (("steps", [steps]), ("starts", [starts]), *counts):
+        for value in values:
+            check_positive(name, value)
+    check_choice("start", start, STARTS)
+    if start != "random" and max(layers) > 1:
+        raise ValueError(f"start is {start!r}, must be 'random' with several layers")
     learned = []
-    for h in heads:
-        runs = []
-        for start in range(starts):
+    for depth in layers:
+        for h in heads:
+            runs = []
+            for run in range(starts):
 
-            def told(step: int, loss: float, h: int = h, start: int = start) -> None:
-                on_step(h, start, step, loss)
+                def told(
+                    step: int, loss: float, network: tuple[int, int] = (depth, h), run: int = run
+                ) -> None:
+                    on_step(network, run, step, loss)
 
-            runs.append(_measure(_train(task, h, steps, seed * 1000 + start, told), task))
-        learned.append(min(runs, key=lambda run: run.loss))
+                model = _train(task, (depth, h), steps, start, seed * 1000 + run, told)
+                runs.append(_measure(model, task, lengths))
+            learned.append(min(runs, key=lambda run: run.loss))
     estimators = _estimators(task)
-    return Report(learned, estimators, _findings(learned, estimators))
+    others = {length: _estimators(replace(task, length=length)) for length in lengths}
+    if start == "small-identity":
+        return Report(learned, estimators, others, _alike(learned))
+    return Report(learned, estimators, others, _findings(learned, estimators, task.correlation))
 
 
 def _train(
-    task: LinearRegression, heads: int, steps: int, seed: int, told: Callable[[int, float], None]
-) -> ICLAttention:
-    """Adam with a cosine decay to zero, from PyTorch's own random start."""
+    task: LinearRegression,
+    network: tuple[int, int],
+    steps: int,
+    start: str,
+    seed: int,
+    told: Callable[[int, float], None],
+) -> ICLAttention | ICLLayers:
+    """Adam with a cosine decay to zero."""
     generator = torch.Generator().manual_seed(seed)
+    layers, heads = network
+    model: ICLAttention | ICLLayers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ICLAttention(task.dim + 1, heads=heads)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+        if layers == 1:
+            model = ICLAttention(task.dim + 1, heads=heads)
+            prepare(model, start)
+        else:
+            model = ICLLayers(task.dim + 1, heads=heads, layers=layers)
+    # Deep in a small start gradients are far below Adam's usual eps.
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE if layers == 1 else DEEP_RATE, eps=EPS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         pairs, query, asked = task.prompts(BATCH, generator)
@@ -262,8 +385,25 @@ def _train(
 
 
 @torch.no_grad()
-def _measure(model: ICLAttention, task: LinearRegression) -> Learned:
-    longer = LinearRegression(task.dim, 2 * task.length, task.noise)
+def _measure(model: ICLAttention | ICLLayers, task: LinearRegression, lengths: Sequence[int] = ()) -> Learned:
+    longer = replace(task, length=2 * task.length)
+    losses: dict[str, Any] = {
+        "loss": _test_loss(model, task),
+        "loss_longer": _test_loss(model, longer),
+        "by_length": {length: _test_loss(model, replace(task, length=length)) for length in lengths},
+    }
+    if isinstance(model, ICLLayers):
+        layers: Any = model.layers
+        return Learned(
+            layers[0].heads,
+            len(layers),
+            **losses,
+            omega=[],
+            mu=[],
+            off_identity=0.0,
+            y_in_keys=0.0,
+            x_in_values=0.0,
+        )
     query_key, output_value = model.circuits()
     d = task.dim
     mu = output_value[:, 0, d]
@@ -275,8 +415,8 @@ def _measure(model: ICLAttention, task: LinearRegression) -> Learned:
     size = omega[live].abs().max()
     return Learned(
         heads=model.heads,
-        loss=_test_loss(model, task),
-        loss_longer=_test_loss(model, longer),
+        layers=1,
+        **losses,
         omega=omega.tolist(),
         mu=mu.tolist(),
         off_identity=float(off[live].abs().max() / size),
@@ -285,7 +425,7 @@ def _measure(model: ICLAttention, task: LinearRegression) -> Learned:
     )
 
 
-def _test_loss(model: ICLAttention, task: LinearRegression) -> float:
+def _test_loss(model: ICLAttention | ICLLayers, task: LinearRegression) -> float:
     pairs, query, asked = task.prompts(TEST_PROMPTS, torch.Generator().manual_seed(TEST_SEED))
     return float((model(query, pairs)[:, 0, 0] - asked).square().mean())
 
@@ -303,15 +443,33 @@ def _estimators(task: LinearRegression) -> dict[str, float]:
     return {name: float((f - asked).square().mean()) for name, f in found.items()}
 
 
-def _findings(learned: list[Learned], estimators: dict[str, float]) -> list[Finding]:
-    several = [x for x in learned if x.heads > 1]
+def _alike(learned: list[Learned]) -> list[Finding]:
+    """Heads with the same weights have the same gradients."""
+    found = []
+    for x in (x for x in learned if x.heads > 1):
+        spread = (max(x.omega) - min(x.omega)) / max(map(abs, x.omega))
+        found.append(
+            Finding.below(f"{x.heads} heads that begin alike: spread of omega / |omega|", spread, 0.01)
+        )
+        for one in (y for y in learned if y.heads == 1):
+            name = f"{x.heads} heads that begin alike: |1 - error / that of 1 head|"
+            found.append(Finding.below(name, abs(1 - x.loss / one.loss), 0.05))
+    return found
+
+
+def _findings(
+    learned: list[Learned], estimators: dict[str, float], correlation: float = 0.0
+) -> list[Finding]:
+    shallow = [x for x in learned if x.layers == 1]
+    several = [x for x in shallow if x.heads > 1]
     found = []
     for x in several:
         name = f"{x.heads} heads:"
         if x.heads == 2:  # of more heads some may give little, and what they look at is then left open
-            of_identity = "query-key matrices of x are multiples of the identity"
+            if not correlation:  # the paper states it of independent x
+                of_identity = "query-key matrices of x are multiples of the identity"
+                found.append(Finding.below(f"{name} {of_identity}", x.off_identity, 0.2))
             found += [
-                Finding.below(f"{name} {of_identity}", x.off_identity, 0.2),
                 Finding.below(f"{name} keys do not look at y", x.y_in_keys, 0.2),
                 Finding.below(f"{name} values hold y alone", x.x_in_values, 0.1),
             ]
@@ -323,7 +481,7 @@ def _findings(learned: list[Learned], estimators: dict[str, float]) -> list[Find
             Finding.below(f"{name} error / that of a debiased gradient step", step, 1.05),
             Finding.below(f"{name} error with twice the pairs / with as many as in training", longer, 0.9),
         ]
-    one = next((x for x in learned if x.heads == 1), None)
+    one = next((x for x in shallow if x.heads == 1), None)
     if one and several:
         ratio = one.loss / several[0].loss
         found.append(Finding.above(f"1 head: error / that of {several[0].heads} heads", ratio, 1.3))
@@ -331,4 +489,8 @@ def _findings(learned: list[Learned], estimators: dict[str, float]) -> list[Find
         ratio = several[0].loss / several[-1].loss
         name = f"{several[0].heads} heads: error / that of {several[-1].heads} heads"
         found.append(Finding.below(name, ratio, 1.03))
+    for x in (x for x in learned if x.layers > 1):
+        for alone in (y for y in shallow if y.heads == x.heads):
+            name = f"{x.layers} layers of {x.heads} heads: error / that of one layer"
+            found.append(Finding.below(name, x.loss / alone.loss, 1 - SHARPER))
     return found

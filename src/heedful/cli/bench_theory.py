@@ -23,32 +23,63 @@ def register(bench: typer.Typer) -> None:
 
 def _icl(
     heads: Annotated[str, typer.Option(help="Comma-separated numbers of heads.")] = "1,2,4",
+    layers: Annotated[
+        str, typer.Option(help="Comma-separated numbers of layers; several are causal, with residuals.")
+    ] = "1",
     steps: Annotated[int, typer.Option(help="Training steps of each layer.")] = 2000,
-    starts: Annotated[int, typer.Option(help="Random starts, of which the best is shown.")] = 2,
+    starts: Annotated[int, typer.Option(help="Seeds of each network, of which the best is shown.")] = 2,
+    start: Annotated[
+        str,
+        typer.Option(
+            help="Where one layer begins: random, small-identity, small-identity-qk, opposite-small-identity."
+        ),
+    ] = "random",
+    correlation: Annotated[
+        float, typer.Option(help="Of neighbouring numbers in x, below 1; of others, its powers.")
+    ] = 0.0,
+    lengths: Annotated[
+        str | None, typer.Option(help="Comma-separated numbers of pairs to test with; training has 40.")
+    ] = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
     from heedful.bench import icl
 
-    counts = whole_numbers("heads", heads)
+    counts, depths = whole_numbers("heads", heads), whole_numbers("layers", layers)
+    others = [] if lengths is None else whole_numbers("lengths", lengths)
     console = wide_console()
     try:
         with _progress(console) as bars:
-            task = bars.add_task("training", total=max(1, len(counts) * starts * steps), note="")
+            networks = len(counts) * len(depths)
+            task = bars.add_task("training", total=max(1, networks * starts * steps), note="")
 
-            def told(heads: int, start: int, step: int, loss: float) -> None:
-                note = f"{heads} heads, start {start + 1}/{starts}, loss {loss:.3f}"
+            def told(network: tuple[int, int], run: int, step: int, loss: float) -> None:
+                note = f"layers {network[0]}, heads {network[1]}, seed {run + 1}/{starts}, loss {loss:.3f}"
                 bars.update(task, advance=1, note=note)
 
-            report = icl.experiment(heads=counts, steps=steps, starts=starts, seed=seed, on_step=told)
+            report = icl.experiment(
+                heads=counts,
+                layers=depths,
+                steps=steps,
+                starts=starts,
+                start=start,
+                lengths=others,
+                seed=seed,
+                task=icl.LinearRegression(correlation=correlation),
+                on_step=told,
+            )
     except ValueError as wrong:
         fail(wrong)
-    table = _table("square error on unseen prompts", "layer", "error", "omega", "mu")
+    of_lengths = [f"{length} pairs" for length in others]
+    table = _table("square error on unseen prompts", "network", "error", *of_lengths, "omega", "mu")
     for layer in report.learned:
+        name = "attention" if layer.layers == 1 else f"{layer.layers} layers of attention"
+        errors = (layer.loss, *layer.by_length.values())
         shown = (" ".join(f"{x:+.2f}" for x in numbers) for numbers in (layer.omega, layer.mu))
-        table.add_row(f"attention, heads: {layer.heads}", f"{layer.loss:.3f}", *shown)
+        table.add_row(f"{name}, heads: {layer.heads}", *(f"{x:.3f}" for x in errors), *shown)
     for name, error in report.estimators.items():
-        table.add_row(name, f"{error:.3f}", "", "")
+        errors = (error, *(report.by_length[length][name] for length in others))
+        table.add_row(name, *(f"{x:.3f}" for x in errors), "", "")
     _show(console, table, report, json_file)
 
 
