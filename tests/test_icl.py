@@ -214,7 +214,7 @@ def test_heads_that_begin_alike_stay_alike():
     first, second = told.learned[1].omega
     assert first == pytest.approx(second, rel=1e-4)
     assert told.findings[0].holds
-    opposite = icl.experiment(heads=(2,), steps=200, starts=1, start="opposite-small-identity").learned[0]
+    opposite = icl.experiment(heads=(2,), steps=800, starts=1, start="opposite-small-identity").learned[0]
     assert opposite.omega[0] * opposite.omega[1] < 0 and opposite.mu[0] * opposite.mu[1] < 0
 
 

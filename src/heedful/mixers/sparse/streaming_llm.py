@@ -124,7 +124,7 @@ class StreamingAttention(SelfAttention):
         """Over the window with `query`, and over the sinks that have left the window with `far`."""
         assert held.key is not None
 
-        def part(q: Tensor, keys: slice, pattern: Pattern, offset: int, **wanted: bool) -> Any:
+        def part(q: Tensor, keys: slice, pattern: Pattern | None, offset: int, **wanted: bool) -> Any:
             assert held.key is not None and held.value is not None
             return attention(
                 q,
