@@ -131,7 +131,7 @@ def _table(title: str, *columns: str) -> Table:
 def _show(console: Console, table: Table, report: Any, json_file: Path | None) -> None:
     console.print(table)
     console.print()
-    found = _table("what the paper states", "pattern", "measured", "bound", "holds")
+    found = _table("patterns", "pattern", "measured", "bound", "holds")
     for finding in report.findings:
         measured = f"{finding.measured:.3g}"
         found.add_row(finding.pattern, measured, finding.bound, "yes" if finding.holds else "NO")
