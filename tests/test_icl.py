@@ -224,6 +224,9 @@ def test_other_lengths():
     assert list(told.learned[0].by_length) == list(told.by_length) == [10, 80]
     errors = [told.by_length[10]["ridge"], told.estimators["ridge"], told.by_length[80]["ridge"]]
     assert errors == sorted(errors, reverse=True)
+    assert told.by_length[10]["ridge, by its formula"] == icl.ridge_risk(0.1, 0.5)
+    correlated = icl._estimators(icl.LinearRegression(correlation=0.5))
+    assert "ridge, by its formula" not in correlated
 
 
 def test_command(tmp_path):

@@ -432,7 +432,7 @@ def _test_loss(model: ICLAttention | ICLLayers, task: LinearRegression) -> float
 
 @torch.no_grad()
 def _estimators(task: LinearRegression) -> dict[str, float]:
-    """Square errors on the prompts of the test; of gradient steps with the best rate."""
+    """Square errors on the prompts of the test; of gradient steps with the best rate; and `ridge_risk`."""
     pairs, query, asked = task.prompts(TEST_PROMPTS, torch.Generator().manual_seed(TEST_SEED))
     given = (pairs[..., : task.dim], pairs[..., task.dim], query[:, 0, : task.dim])
     found = {"nothing": torch.zeros_like(asked)}
@@ -440,7 +440,10 @@ def _estimators(task: LinearRegression) -> dict[str, float]:
         unit = gradient_step(*given, rate=1.0, debiased=debiased)
         found[name] = (unit @ asked) / (unit @ unit) * unit
     found["ridge"] = ridge(*given, noise=task.noise)
-    return {name: float((f - asked).square().mean()) for name, f in found.items()}
+    errors = {name: float((f - asked).square().mean()) for name, f in found.items()}
+    if not task.correlation:  # the formula is of independent x
+        errors["ridge, by its formula"] = ridge_risk(task.noise, task.dim / task.length)
+    return errors
 
 
 def _alike(learned: list[Learned]) -> list[Finding]:
