@@ -267,6 +267,7 @@ def test_door():
         (["--lengths", "x"], "lengths is 'x'"),
         (["--start", "zero"], "start is 'zero', must be one of 'random', 'small-identity'"),
         (["--start", "small-identity", "--layers", "2"], "must be 'random' with several layers"),
+        (["--start", "opposite-small-identity", "--heads", "3"], "heads is 3, must be even"),
         (["--correlation", "1"], "correlation is 1.0, must be at least 0 and below 1"),
     ):
         done = CliRunner().invoke(app, ["bench", "icl", *words])

@@ -160,6 +160,8 @@ def prepare(layer: ICLAttention, start: str) -> None:
     ours.
     """
     check_choice("start", start, STARTS)
+    if start == "opposite-small-identity" and layer.heads % 2:
+        raise ValueError(f"heads is {layer.heads}, must be even where half of them begin opposite")
     if start == "random":
         return
     size = SMALL_QK if start == "small-identity-qk" else SMALL

@@ -26,7 +26,7 @@ def _icl(
     layers: Annotated[
         str, typer.Option(help="Comma-separated numbers of layers; several are causal, with residuals.")
     ] = "1",
-    steps: Annotated[int, typer.Option(help="Training steps of each layer.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Training steps of each network.")] = 2000,
     starts: Annotated[int, typer.Option(help="Seeds of each network, of which the best is shown.")] = 2,
     start: Annotated[
         str,
