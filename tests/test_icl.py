@@ -140,7 +140,7 @@ def test_findings_tell_the_patterns_apart():
     poor = icl.Learned(2, 1, 0.50, 0.49, {}, [0.2, 0.3], [2.0, 1.0], 0.5, 0.5, 0.5)
     one = icl.Learned(1, 1, 0.40, 0.30, {}, [0.5], [1.5], 0.02, 0.02, 0.01)
     told = {"debiased gradient step": 0.24}
-    deep = icl.Learned(2, 2, 0.18, 0.1, {}, [], [], 0.0, 0.0, 0.0)
+    deep = icl.Learned(2, 2, 0.18, 0.1, {}, [], [], None, None, None)
     assert all(f.holds for f in icl._findings([one, good, deep], told))
     assert not icl._findings([good, replace(deep, loss=0.23)], told)[-1].holds
     assert len(icl._findings([good], told)) == 1 + len(icl._findings([good], told, correlation=0.5))

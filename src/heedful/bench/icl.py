@@ -252,7 +252,7 @@ def _curvature(omega: Tensor, task: LinearRegression) -> Tensor:
 class Learned:
     """What a trained layer became.
 
-    layers         how many; of several no pattern is read off, and what follows by_length is empty or 0
+    layers         how many; of several no pattern is read off: omega and mu are empty, what follows is None
     loss           square error on unseen prompts; loss_longer: with twice as many pairs
     by_length      square errors on prompts of other lengths
     omega, mu      the two numbers of each head
@@ -269,14 +269,14 @@ class Learned:
     by_length: dict[int, float]
     omega: list[float]
     mu: list[float]
-    off_identity: float
-    y_in_keys: float
-    x_in_values: float
+    off_identity: float | None
+    y_in_keys: float | None
+    x_in_values: float | None
 
     @property
-    def mu_balance(self) -> float:
+    def mu_balance(self) -> float | None:
         """|sum mu| / sum |mu|: 0 where heads of both signs weigh the same."""
-        return abs(sum(self.mu)) / sum(map(abs, self.mu)) if self.mu else 0.0
+        return abs(sum(self.mu)) / sum(map(abs, self.mu)) if self.mu else None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"mu_balance": self.mu_balance}
@@ -402,9 +402,9 @@ def _measure(model: ICLAttention | ICLLayers, task: LinearRegression, lengths: S
             **losses,
             omega=[],
             mu=[],
-            off_identity=0.0,
-            y_in_keys=0.0,
-            x_in_values=0.0,
+            off_identity=None,
+            y_in_keys=None,
+            x_in_values=None,
         )
     query_key, output_value = model.circuits()
     d = task.dim
@@ -448,6 +448,13 @@ def _estimators(task: LinearRegression) -> dict[str, float]:
     return errors
 
 
+def _measured(x: Learned) -> tuple[float, float, float, float]:
+    """The patterns of one layer."""
+    assert x.off_identity is not None and x.y_in_keys is not None
+    assert x.x_in_values is not None and x.mu_balance is not None
+    return x.off_identity, x.y_in_keys, x.x_in_values, x.mu_balance
+
+
 def _alike(learned: list[Learned]) -> list[Finding]:
     """Heads with the same weights have the same gradients."""
     found = []
@@ -470,19 +477,20 @@ def _findings(
     found = []
     for x in several:
         name = f"{x.heads} heads:"
+        off_identity, y_in_keys, x_in_values, balance = _measured(x)
         if x.heads == 2:  # of more heads some may give little, and what they look at is then left open
             if not correlation:  # the paper states it of independent x
                 of_identity = "query-key matrices of x are multiples of the identity"
-                found.append(Finding.below(f"{name} {of_identity}", x.off_identity, 0.2))
+                found.append(Finding.below(f"{name} {of_identity}", off_identity, 0.2))
             found += [
-                Finding.below(f"{name} keys do not look at y", x.y_in_keys, 0.2),
-                Finding.below(f"{name} values hold y alone", x.x_in_values, 0.1),
+                Finding.below(f"{name} keys do not look at y", y_in_keys, 0.2),
+                Finding.below(f"{name} values hold y alone", x_in_values, 0.1),
             ]
         step = x.loss / estimators["debiased gradient step"]
         longer = x.loss_longer / x.loss
         found += [
             Finding.above(f"{name} heads of both signs of omega", float(min(x.omega) < 0 < max(x.omega)), 0),
-            Finding.below(f"{name} mu adds up to nothing: |sum| / sum of |mu|", x.mu_balance, 0.05),
+            Finding.below(f"{name} mu adds up to nothing: |sum| / sum of |mu|", balance, 0.05),
             Finding.below(f"{name} error / that of a debiased gradient step", step, 1.05),
             Finding.below(f"{name} error with twice the pairs / with as many as in training", longer, 0.9),
         ]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from heedful.checks import check_positive
+from heedful.mixers.heads.swiglu import SwiGLU
 
 
 class PolyNorm(nn.Module):
@@ -44,8 +44,8 @@ class PolyNorm(nn.Module):
         return y.to(x.dtype)
 
 
-class PolyNormGLU(nn.Module):
-    """FFN(x) = W_down (PolyNorm(W_gate x) * W_up x), without biases beside that of `PolyNorm`.
+class PolyNormGLU(SwiGLU):
+    """FFN(x) = W_down (PolyNorm(W_gate x) * W_up x): `SwiGLU` with another gate, without biases but its own.
 
     dim: channels of x and of the result; hidden: channels between. ValueError unless both are at least 1.
     Source: Grouped Differential Attention (Motif), arXiv 2510.06949.
@@ -59,13 +59,8 @@ class PolyNormGLU(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_positive("dim", dim)
-        check_positive("hidden", hidden)
-        self.gate = nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype)
+        super().__init__(dim, hidden=hidden, device=device, dtype=dtype)
         self.act = PolyNorm(device=device, dtype=dtype)
-        self.up = nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype)
-        self.down = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows c"]:
         return self.down(self.act(self.gate(x)) * self.up(x))

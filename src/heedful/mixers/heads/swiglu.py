@@ -26,6 +26,7 @@ class SwiGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive("dim", dim)
         check_positive("hidden", hidden)
         self.gate = nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype)
